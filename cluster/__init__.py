@@ -1,0 +1,1 @@
+"""Sluice: a serving cluster for large language models on Ray."""

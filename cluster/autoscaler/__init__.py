@@ -1,0 +1,1 @@
+"""How many replica groups there should be."""

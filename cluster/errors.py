@@ -1,0 +1,81 @@
+"""The exception tree, each leaf with the gRPC status that a client sees.
+
+    SluiceError
+    ├── InvalidArgumentError    INVALID_ARGUMENT    the request (or the configuration) is wrong
+    │   └── ConfigError                             ... a knob, a path, a layout
+    ├── NotFoundError           NOT_FOUND           unknown model, request or prefix
+    ├── OverloadedError         RESOURCE_EXHAUSTED  a bounded queue is full: come back later
+    ├── DeadlineError           DEADLINE_EXCEEDED   the caller's time is over
+    ├── CancelledError          CANCELLED           the caller went away
+    └── UnavailableError        UNAVAILABLE         no replica, a replica died, shutting down
+
+A message says what was given, the limit, and what to do:
+``max_tokens=9000, limit=8192: ask for fewer tokens``.
+"""
+
+from __future__ import annotations
+
+
+class SluiceError(Exception):
+    """Base of every error that Sluice raises on purpose."""
+
+    code: str = "INTERNAL"
+    """Name of the gRPC status code."""
+
+
+class InvalidArgumentError(SluiceError):
+    """A value that the caller gave is outside of what is allowed.
+
+    Args:
+        message: What was given, the limit, what to do.
+        field: Path of the offending field, as ``sampling.temperature``.
+    """
+
+    code = "INVALID_ARGUMENT"
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ConfigError(InvalidArgumentError):
+    """The configuration, a path in it, or the layout that it asks for cannot work."""
+
+
+class NotFoundError(SluiceError):
+    """What the request names does not exist."""
+
+    code = "NOT_FOUND"
+
+
+class OverloadedError(SluiceError):
+    """A bounded queue or budget is full.
+
+    Args:
+        message: Which queue, its limit, what to do.
+        retry_after_s: When it is worth to try again, seconds.
+    """
+
+    code = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(SluiceError):
+    """The caller's deadline passed before the work was done."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
+class CancelledError(SluiceError):
+    """The caller cancelled or disconnected."""
+
+    code = "CANCELLED"
+
+
+class UnavailableError(SluiceError):
+    """No process can do this now: none is up, it died, or it is shutting down."""
+
+    code = "UNAVAILABLE"

@@ -1,0 +1,1 @@
+"""The public gRPC service: validate, tokenize, route, stream."""

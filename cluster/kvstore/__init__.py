@@ -1,0 +1,1 @@
+"""The store that replicas share: leases, KV blocks, journals; embedded or Redis."""

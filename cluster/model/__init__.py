@@ -1,0 +1,1 @@
+"""A shard of a model: loading, paged attention, packed linears, one step."""

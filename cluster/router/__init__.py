@@ -1,0 +1,1 @@
+"""The global scheduler: filters, scores and picks a replica for each request."""

@@ -1,0 +1,133 @@
+"""What moves between the layers: requests, sampling, tokens, the state of a replica.
+
+Plain, frozen data; validated where it enters (gateway/validation.py), asserted here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended well."""
+
+    STOP = "stop"  # a stop string, a stop token, or the model's end-of-text token
+    LENGTH = "length"  # max_tokens, or the model's context is full
+    CANCELLED = "cancelled"  # the client or the gateway asked for it
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen from the logits.
+
+    Order of application: penalties, banned tokens, temperature, top-k, top-p, min-p.
+    """
+
+    max_tokens: int = 128  # tokens to generate at the most, >= 1
+    min_tokens: int = 0  # before this many no stop condition holds
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # keep the k likeliest; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set with this probability, (0, 1]
+    min_p: float = 0.0  # keep tokens with at least min_p x the likeliest's probability
+    repetition_penalty: float = 1.0  # > 1 divides (multiplies negative) logits of seen tokens
+    presence_penalty: float = 0.0  # subtracted once from tokens of the output, [-2, 2]
+    frequency_penalty: float = 0.0  # subtracted per occurrence in the output, [-2, 2]
+    seed: int = 0  # with the position it fixes the random number of a token
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    stop_token_ids: tuple[int, ...] = ()  # generation ends at one of these
+    ignore_eos: bool = False  # the model's end-of-text token does not stop
+    num_logprobs: int = -1  # -1 none, 0 of the chosen token, n also the n likeliest
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens seen so far change the logits."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One request as an engine gets it: token ids, no text."""
+
+    request_id: str  # unique in the cluster
+    prompt_token_ids: tuple[int, ...]  # at least one
+    sampling: SamplingParams
+    salt: bytes = b""  # of the tenant, from the authenticated identity: isolates cached blocks
+    deadline_s: float | None = None  # seconds left when the engine receives it; None is no bound
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and the logarithm of its probability before temperature and filters."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What one sequence got from one step."""
+
+    token_id: int
+    logprob: float | None = None  # of the chosen token, if asked for
+    top: tuple[TokenLogprob, ...] = ()  # the likeliest, best first, if asked for
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutput:
+    """New tokens of one request, and its end if it ended.
+
+    A request's outputs arrive in order; exactly one has `finish_reason` or `error` set, the last.
+    """
+
+    request_id: str
+    tokens: tuple[SampledToken, ...] = ()
+    num_cached_tokens: int = 0  # of the prompt, taken from the prefix cache
+    finish_reason: FinishReason | None = None
+    error: str | None = None  # "CODE: message" where the request failed
+    queued_s: float = 0.0  # from arrival to the first step, set on the last output
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """What a leader pushes about itself, many times a second."""
+
+    num_running: int = 0  # sequences that hold blocks
+    num_waiting: int = 0  # sequences that wait for blocks or for a place in the batch
+    num_queued_prefill_tokens: int = 0  # prompt tokens not computed yet, running or waiting
+    num_free_blocks: int = 0  # free or evictable KV blocks
+    num_blocks: int = 0
+    num_prefix_query_tokens: int = 0  # since start: prompt tokens looked up
+    num_prefix_hit_tokens: int = 0  # since start: of these, found in the cache
+    num_generated_tokens: int = 0  # since start
+    is_draining: bool = False  # takes no new requests
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """Who a replica group is: registered through a lease, constant for its life."""
+
+    replica_id: str  # new after every restart
+    address: str  # host:port of the leader's internal gRPC service
+    model: str  # name that clients ask for
+    fingerprint: str  # of weights, dtype and layout, hex: seeds the block hashes
+    tp: int
+    pp: int
+    block_size: int  # tokens per KV block
+    max_model_len: int  # tokens, prompt and answer together
+    pid: int = 0  # of the leader
+    node_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSnapshot:
+    """What the router knows of one replica at the moment of a decision."""
+
+    info: ReplicaInfo
+    load: ReplicaLoad = field(default_factory=ReplicaLoad)
+    num_inflight: int = 0  # sent by this gateway and not in `load` yet
+    num_inflight_prefill_tokens: int = 0  # likewise, uncached prompt tokens
