@@ -1,0 +1,1 @@
+"""Measurements: of a serving cluster, and of the gateway alone."""

@@ -1,0 +1,236 @@
+"""Every knob, in one tree of frozen models: read from one YAML file, changed with `--set a.b=c`.
+
+Unknown keys are errors. Each field states its unit, range and default; `sluice config` prints it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.errors import ConfigError
+
+DEMO_MODEL_PATH = Path(__file__).parent / "model" / "demo"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """Which model, and in what precision."""
+
+    path: str = Field("demo", description="folder in transformers' format; 'demo' is the shipped one")
+    name: str = Field("", description="what clients call it; empty: the folder's name")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="of weights and KV cache; auto: the checkpoint's"
+    )
+    max_model_len: int = Field(0, ge=0, description="tokens, prompt + answer; 0: the model's own limit")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="where workers compute")
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the checkpoint."""
+        return DEMO_MODEL_PATH if self.path == "demo" else Path(self.path)
+
+    @property
+    def served_name(self) -> str:
+        """Name that clients ask for."""
+        return self.name or ("sluice-demo" if self.path == "demo" else self.folder.name)
+
+
+class CacheConfig(_Section):
+    """The paged KV cache of one replica."""
+
+    block_size: int = Field(16, ge=1, le=512, description="tokens per block")
+    num_blocks: int = Field(0, ge=0, description="blocks per replica; 0: from memory_bytes")
+    memory_bytes: int = Field(
+        256 * 2**20, ge=2**20, description="KV cache of one worker, bytes, where num_blocks is 0"
+    )
+    prefix_caching: bool = Field(True, description="reuse blocks of prompts seen before")
+
+
+class EngineConfig(_Section):
+    """Continuous batching in one replica."""
+
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences in one step")
+    max_num_batched_tokens: int = Field(
+        512, ge=1, description="token budget of one step; longer prompts are computed in chunks"
+    )
+    max_num_waiting: int = Field(1024, ge=1, description="requests that may wait in a replica")
+    step_timeout_s: float = Field(120.0, gt=0, description="a step that takes longer ends the group")
+
+
+class ParallelConfig(_Section):
+    """How one copy of the model is split."""
+
+    tp: int = Field(1, ge=1, le=64, description="tensor-parallel ranks per stage")
+    pp: int = Field(1, ge=1, le=64, description="pipeline stages")
+    threads_per_worker: int = Field(0, ge=0, description="torch threads; 0: cores / workers, >= 1")
+    num_cpus_per_worker: float = Field(1.0, ge=0, description="logical CPUs reserved with Ray")
+    num_gpus_per_worker: float = Field(0.0, ge=0, description="GPUs reserved with Ray")
+
+    @property
+    def world_size(self) -> int:
+        """Workers of one replica group."""
+        return self.tp * self.pp
+
+
+class AutoscalingConfig(_Section):
+    """How many replica groups; `min_replicas == max_replicas` is a fixed number."""
+
+    min_replicas: int = Field(1, ge=0, description="groups at the least")
+    max_replicas: int = Field(1, ge=1, description="groups at the most")
+    target_load: float = Field(
+        8.0, gt=0, description="running + waiting requests that one group should have"
+    )
+    upscale_delay_s: float = Field(5.0, ge=0, description="overload must last this long")
+    downscale_delay_s: float = Field(30.0, ge=0, description="idleness must last this long")
+    metrics_interval_s: float = Field(2.0, gt=0, description="between two looks at the load")
+
+
+class ReplicaConfig(_Section):
+    """Life of a replica group under Ray Serve."""
+
+    num_replicas: int = Field(1, ge=1, description="groups, where autoscaling is not set")
+    autoscaling: AutoscalingConfig | None = Field(None, description="set to scale with load")
+    host: str = Field("127.0.0.1", description="address that leaders listen on and publish")
+    lease_ttl_s: float = Field(5.0, gt=0.5, description="a leader that is silent this long is forgotten")
+    load_interval_s: float = Field(0.1, gt=0, description="between two pushed load reports")
+    start_timeout_s: float = Field(300.0, gt=0, description="to load the model and join the group")
+    drain_timeout_s: float = Field(30.0, ge=0, description="running streams may finish in this time")
+
+
+class GatewayConfig(_Section):
+    """The public gRPC service."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(9000, ge=0, le=65535, description="0 takes a free one (one gateway only)")
+    num_replicas: int = Field(1, ge=1, description="gateway processes; they share the port")
+    tls_cert: str = Field("", description="PEM file; empty serves plain text")
+    tls_key: str = Field("", description="PEM file of the certificate's key")
+    tls_client_ca: str = Field("", description="PEM file; set to demand client certificates")
+    max_message_bytes: int = Field(4 * 2**20, ge=1024, description="one request or event")
+    keepalive_s: float = Field(30.0, gt=0, description="ping an idle connection this often")
+    max_inflight_requests: int = Field(1024, ge=1, description="queued and running, per gateway")
+    max_queued_requests: int = Field(512, ge=0, description="waiting for a replica, per gateway")
+    queue_timeout_s: float = Field(30.0, gt=0, description="a request without a replica waits this long")
+    default_max_tokens: int = Field(128, ge=1, description="where a request names none")
+    max_stop_strings: int = Field(16, ge=0, description="per request")
+    max_stop_string_bytes: int = Field(256, ge=1, description="of each, UTF-8")
+    max_logprobs: int = Field(20, ge=0, description="likeliest tokens reported per position")
+    drain_timeout_s: float = Field(30.0, ge=0, description="streams may finish in this time")
+
+    @model_validator(mode="after")
+    def _tls_is_complete(self) -> GatewayConfig:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key go together: set both or neither")
+        return self
+
+
+class RouterConfig(_Section):
+    """Weights of the router's score, all in prompt tokens of work."""
+
+    policy: Literal["prefix", "least_tokens", "round_robin"] = Field(
+        "prefix", description="prefix: cached prefix and load; the others for comparison"
+    )
+    running_cost_tokens: float = Field(
+        16.0, ge=0, description="one running sequence weighs like this many queued prompt tokens"
+    )
+    waiting_cost_tokens: float = Field(
+        64.0, ge=0, description="one waiting sequence, likewise"
+    )
+
+
+class StoreConfig(_Section):
+    """What replicas share."""
+
+    url: str = Field("embedded", description="'embedded', or redis://, rediss://, unix://")
+    namespace: str = Field("sluice", pattern=r"^[a-zA-Z0-9_.-]{1,64}$", description="prefix of keys")
+    timeout_s: float = Field(0.5, gt=0, description="deadline of one call")
+    max_bytes: int = Field(512 * 2**20, ge=2**20, description="budget for KV blocks, bytes")
+    journal_ttl_s: float = Field(600.0, gt=0, description="journals are kept this long")
+    kv_ttl_s: float = Field(3600.0, gt=0, description="KV blocks are kept this long after a write")
+
+
+class ClusterConfig(_Section):
+    """The whole configuration."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    engine: EngineConfig = EngineConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    replica: ReplicaConfig = ReplicaConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    router: RouterConfig = RouterConfig()
+    store: StoreConfig = StoreConfig()
+
+
+def load_config(path: Path | None = None, overrides: list[str] | None = None) -> ClusterConfig:
+    """Return the configuration of a YAML file with overrides applied.
+
+    Args:
+        path: The file; None starts from the defaults.
+        overrides: Items ``a.b=value``; the value is read as YAML.
+
+    Raises:
+        ConfigError: The file or a value cannot be used; `field` names the first offending key.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(path.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"configuration file {path}: {error}", field=str(path)) from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"configuration file {path}: expected keys and values at the top")
+    for item in overrides or []:
+        _apply_override(tree, item)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> ClusterConfig:
+    """Return the configuration held in plain data, as Serve passes application arguments.
+
+    Raises:
+        ConfigError: A key is unknown or a value outside of its range.
+    """
+    try:
+        return ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{field}: unknown key; {_known_keys(field)}", field=field) from error
+        got = f"{first['input']!r}"[:80]
+        raise ConfigError(f"{field}={got}: {first['msg']}", field=field) from error
+
+
+def _apply_override(tree: dict[str, Any], item: str) -> None:
+    key, separator, text = item.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {item}: expected a.b=value", field=key)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {item}: {error}", field=key) from error
+    *parents, leaf = key.split(".")
+    node = tree
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {item}: {name} is a value, not a section", field=key)
+    node[leaf] = value
+
+
+def _known_keys(field: str) -> str:
+    model: type[BaseModel] = ClusterConfig
+    for name in field.split(".")[:-1]:
+        info = model.model_fields.get(name)
+        if info is None or not isinstance(info.annotation, type):
+            return "see `sluice config`"
+        model = info.annotation
+    return f"known here: {', '.join(model.model_fields)}"
