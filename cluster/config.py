@@ -5,6 +5,7 @@ Unknown keys are errors. Each field states its unit, range and default; `sluice 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +24,16 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Which model, and in what precision."""
 
-    path: str = Field("demo", description="folder in transformers' format; 'demo' is the shipped one")
+    path: str = Field(
+        "demo", description="folder in transformers' format; 'demo' is the shipped one"
+    )
     name: str = Field("", description="what clients call it; empty: the folder's name")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and KV cache; auto: the checkpoint's"
     )
-    max_model_len: int = Field(0, ge=0, description="tokens, prompt + answer; 0: the model's own limit")
+    max_model_len: int = Field(
+        0, ge=0, description="tokens, prompt + answer; 0: the model's own limit"
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where workers compute")
 
     @property
@@ -61,7 +66,9 @@ class EngineConfig(_Section):
         512, ge=1, description="token budget of one step; longer prompts are computed in chunks"
     )
     max_num_waiting: int = Field(1024, ge=1, description="requests that may wait in a replica")
-    step_timeout_s: float = Field(120.0, gt=0, description="a step that takes longer ends the group")
+    step_timeout_s: float = Field(
+        120.0, gt=0, description="a step that takes longer ends the group"
+    )
 
 
 class ParallelConfig(_Section):
@@ -98,10 +105,14 @@ class ReplicaConfig(_Section):
     num_replicas: int = Field(1, ge=1, description="groups, where autoscaling is not set")
     autoscaling: AutoscalingConfig | None = Field(None, description="set to scale with load")
     host: str = Field("127.0.0.1", description="address that leaders listen on and publish")
-    lease_ttl_s: float = Field(5.0, gt=0.5, description="a leader that is silent this long is forgotten")
+    lease_ttl_s: float = Field(
+        5.0, gt=0.5, description="a leader that is silent this long is forgotten"
+    )
     load_interval_s: float = Field(0.1, gt=0, description="between two pushed load reports")
     start_timeout_s: float = Field(300.0, gt=0, description="to load the model and join the group")
-    drain_timeout_s: float = Field(30.0, ge=0, description="running streams may finish in this time")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="running streams may finish in this time"
+    )
 
 
 class GatewayConfig(_Section):
@@ -117,12 +128,17 @@ class GatewayConfig(_Section):
     keepalive_s: float = Field(30.0, gt=0, description="ping an idle connection this often")
     max_inflight_requests: int = Field(1024, ge=1, description="queued and running, per gateway")
     max_queued_requests: int = Field(512, ge=0, description="waiting for a replica, per gateway")
-    queue_timeout_s: float = Field(30.0, gt=0, description="a request without a replica waits this long")
+    queue_timeout_s: float = Field(
+        30.0, gt=0, description="a request without a replica waits this long"
+    )
     default_max_tokens: int = Field(128, ge=1, description="where a request names none")
     max_stop_strings: int = Field(16, ge=0, description="per request")
     max_stop_string_bytes: int = Field(256, ge=1, description="of each, UTF-8")
     max_logprobs: int = Field(20, ge=0, description="likeliest tokens reported per position")
     drain_timeout_s: float = Field(30.0, ge=0, description="streams may finish in this time")
+    ray_resource: str = Field(
+        "", description="gateways run on Ray nodes that have this custom resource; empty: anywhere"
+    )
 
     @model_validator(mode="after")
     def _tls_is_complete(self) -> GatewayConfig:
@@ -140,20 +156,40 @@ class RouterConfig(_Section):
     running_cost_tokens: float = Field(
         16.0, ge=0, description="one running sequence weighs like this many queued prompt tokens"
     )
-    waiting_cost_tokens: float = Field(
-        64.0, ge=0, description="one waiting sequence, likewise"
-    )
+    waiting_cost_tokens: float = Field(64.0, ge=0, description="one waiting sequence, likewise")
 
 
 class StoreConfig(_Section):
     """What replicas share."""
 
-    url: str = Field("embedded", description="'embedded', or redis://, rediss://, unix://")
-    namespace: str = Field("sluice", pattern=r"^[a-zA-Z0-9_.-]{1,64}$", description="prefix of keys")
+    url: str = Field(
+        "embedded",
+        description="'embedded', redis://, rediss://, unix://, or env:NAME to read it from there",
+    )
+    namespace: str = Field(
+        "sluice", pattern=r"^[a-zA-Z0-9_.-]{1,64}$", description="prefix of keys"
+    )
     timeout_s: float = Field(0.5, gt=0, description="deadline of one call")
     max_bytes: int = Field(512 * 2**20, ge=2**20, description="budget for KV blocks, bytes")
     journal_ttl_s: float = Field(600.0, gt=0, description="journals are kept this long")
     kv_ttl_s: float = Field(3600.0, gt=0, description="KV blocks are kept this long after a write")
+
+    @property
+    def resolved_url(self) -> str:
+        """The URL itself, which may hold a password: never to be logged.
+
+        Raises:
+            ConfigError: The environment variable that `url` names is not set.
+        """
+        if not self.url.startswith("env:"):
+            return self.url
+        name = self.url.removeprefix("env:")
+        if not os.environ.get(name):
+            raise ConfigError(
+                f"store.url={self.url}: the environment variable {name} is not set",
+                field="store.url",
+            )
+        return os.environ[name]
 
 
 class ClusterConfig(_Section):

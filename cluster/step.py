@@ -79,7 +79,9 @@ class StepPlan:
         return StepPlan(
             step_id,
             tuple(
-                SequenceStep(row[0], row[1], row[2], row[3], SampleSpec(*row[4]) if row[4] else None)
+                SequenceStep(
+                    row[0], row[1], row[2], row[3], SampleSpec(*row[4]) if row[4] else None
+                )
                 for row in rows
             ),
         )

@@ -1,0 +1,107 @@
+"""`sluice bench serve`: drive a serving cluster at any address and measure what clients see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import grpc
+
+from cluster.bench.load import LoadPlan, LoadRun, RequestShape
+from cluster.bench.statistics import LatencyObjective, RequestRecord, summarize
+from cluster.errors import InvalidArgumentError, UnavailableError
+from cluster.rpc.sluice.v1 import inference_pb2 as pb
+from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
+
+_CONNECT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServeBench:
+    """One measurement."""
+
+    address: str  # host:port of a gateway
+    plan: LoadPlan
+    shape: RequestShape = field(default_factory=RequestShape)
+    objective: LatencyObjective = field(default_factory=LatencyObjective)
+    num_warmup: int = 0  # requests before the measurement, not counted
+    model: str = ""  # empty: the only one served
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        if shape.num_shared_prefix_tokens > shape.num_input_tokens:
+            raise InvalidArgumentError(
+                f"shared-prefix-tokens={shape.num_shared_prefix_tokens}, "
+                f"limit={shape.num_input_tokens}: the prefix is part of input-tokens",
+                field="shared-prefix-tokens",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ServeBenchResult:
+    """What a measurement brought."""
+
+    records: list[RequestRecord]
+    figures: dict[str, Any]  # plain data, for JSON
+
+
+async def run_serve_bench(
+    bench: ServeBench, on_record: Callable[[RequestRecord], None] = lambda record: None
+) -> ServeBenchResult:
+    """Run the warm-up and the measurement.
+
+    Args:
+        bench: What to do.
+        on_record: Called as each measured request ends.
+
+    Raises:
+        InvalidArgumentError: Prompt and answer do not fit into the model's context.
+        UnavailableError: Nothing answers at the address.
+    """
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    async with grpc.aio.insecure_channel(bench.address, options=options) as channel:
+        stub = InferenceStub(channel)  # type: ignore[no-untyped-call]
+        model = await _find_model(stub, bench)
+        if bench.num_warmup:
+            warmup = LoadPlan(bench.num_warmup, None, concurrency=min(4, bench.num_warmup))
+            await LoadRun(stub, model, bench.shape, warmup).run()
+        run = LoadRun(stub, model, bench.shape, bench.plan, bench.num_warmup, on_record)
+        records = await run.run()
+    figures = {
+        "address": bench.address,
+        "model": model.name,
+        "load": asdict(bench.plan),
+        "requests": asdict(bench.shape),
+        "objective": {k: _finite(v) for k, v in asdict(bench.objective).items()},
+        "num_warmup": bench.num_warmup,
+        "result": summarize(records, bench.objective),
+    }
+    return ServeBenchResult(records, figures)
+
+
+def _finite(bound_s: float) -> float | None:
+    return None if bound_s == float("inf") else bound_s
+
+
+async def _find_model(stub: InferenceStub, bench: ServeBench) -> pb.Model:
+    try:
+        response = await stub.ListModels(pb.ListModelsRequest(), timeout=_CONNECT_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        raise UnavailableError(
+            f"{bench.address}: {error.code().name}: {error.details()}; is `sluice serve` running?"
+        ) from error
+    named: list[pb.Model] = [model for model in response.models if bench.model in ("", model.name)]
+    if len(named) != 1:
+        names = ", ".join(model.name for model in response.models) or "none"
+        raise InvalidArgumentError(
+            f"model={bench.model!r}: name one of those served: {names}", field="model"
+        )
+    num_tokens = bench.shape.num_input_tokens + bench.shape.num_output_tokens
+    if num_tokens > named[0].max_model_len:
+        raise InvalidArgumentError(
+            f"input-tokens + output-tokens = {num_tokens}, limit={named[0].max_model_len} "
+            f"(context of {named[0].name}): ask for fewer",
+            field="input-tokens",
+        )
+    return named[0]

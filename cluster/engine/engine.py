@@ -1,0 +1,257 @@
+"""The step loop of one replica: requests in, tokens out.
+
+    add ──► scheduler ──► plan ──► executor.submit      up to max_in_flight steps
+                                        │
+    outputs ◄── apply ◄── executor.collect              one per call of step()
+
+Nothing here waits but `executor.collect`; the caller owns the thread, and calls are not reentrant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from itertools import count
+
+from cluster.clock import Clock
+from cluster.config import EngineConfig
+from cluster.engine.block_pool import BlockPool
+from cluster.engine.executor import Executor
+from cluster.engine.prefix_cache import PrefixCache
+from cluster.engine.scheduler import Chunk, Scheduler
+from cluster.engine.sequence import ModelTraits, Sequence, SequenceState, check_request
+from cluster.errors import InvalidArgumentError, UnavailableError
+from cluster.step import StepPlan, StepResult
+from cluster.types import EngineOutput, EngineRequest, FinishReason, ReplicaLoad, SampledToken
+
+
+@dataclass(frozen=True, slots=True)
+class _StepInFlight:
+    step_id: int
+    chunks: list[Chunk]
+
+
+class Engine:
+    """Serves requests on one executor: continuous batching over a paged, prefix-cached KV cache.
+
+    Args:
+        config: Limits of a step and of the queue.
+        executor: Computes the steps; the caller shuts it down.
+        block_size: Tokens per KV block.
+        max_model_len: Tokens that a prompt and its answer may have together.
+        fingerprint: Of weights, dtype and layout; seeds the block hashes.
+        eos_token_ids: The model's end-of-text tokens.
+        vocab_size: Token ids are below.
+        prefix_caching: Whether blocks are found again by later requests.
+        clock: Measures deadlines and queueing.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        executor: Executor,
+        block_size: int,
+        max_model_len: int,
+        fingerprint: bytes,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+        prefix_caching: bool,
+        clock: Clock,
+    ) -> None:
+        self._config = config
+        self._executor = executor
+        self._clock = clock
+        self._traits = ModelTraits(
+            block_size, max_model_len, vocab_size, eos_token_ids, fingerprint
+        )
+        self._cache = PrefixCache(BlockPool(executor.num_blocks), is_enabled=prefix_caching)
+        self._scheduler = Scheduler(
+            config, self._cache, block_size=block_size, max_in_flight=executor.max_in_flight
+        )
+        self._sequences: dict[str, Sequence] = {}  # by request_id, until the end is decided
+        self._steps: deque[_StepInFlight] = deque()  # submitted, oldest first
+        self._ended: list[EngineOutput] = []  # last outputs that no step's result brings
+        self._next_expiry_s = math.inf  # no deadline passes before
+        self._seq_ids = count()
+        self._step_ids = count()
+        self._num_generated_tokens = 0
+        self._failure = ""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to compute, to collect or to return."""
+        return bool(self._sequences or self._steps or self._ended)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request; its outputs come from `step`, the last one says how it ended.
+
+        Raises:
+            InvalidArgumentError: It could never be served; `field` says why.
+            OverloadedError: The queue is full.
+            UnavailableError: The group failed.
+        """
+        if self._failure:
+            raise UnavailableError(f"this replica group has failed: {self._failure}")
+        if request.request_id in self._sequences:
+            raise InvalidArgumentError(
+                f"request_id={request.request_id!r} is being served: choose another",
+                field="request_id",
+            )
+        check_request(request, self._traits, self._cache.num_blocks)
+        self._scheduler.check_has_room()
+        sequence = Sequence(next(self._seq_ids), request, self._traits, self._clock.now())
+        self._next_expiry_s = min(self._next_expiry_s, sequence.expires_s)
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; the next `step` returns its last output. An unknown one is fine.
+
+        Its blocks are free at once or, where its step is in flight, when that is collected.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._ended.append(self._end(sequence, reason=FinishReason.CANCELLED))
+
+    def step(self) -> list[EngineOutput]:
+        """Submit what can be submitted, wait for the oldest step, return what is new.
+
+        At most one output per request; none if there is no work.
+
+        Raises:
+            UnavailableError: The executor failed: call `abort_all`.
+        """
+        self._end_expired()
+        while len(self._steps) < self._executor.max_in_flight and self._submit():
+            pass
+        assert self._steps or not self._sequences, "requests wait, but no step is possible"
+        outputs = self._collect() if self._steps else []
+        ended, self._ended = self._ended, []
+        return ended + outputs
+
+    def abort_all(self, error: str) -> list[EngineOutput]:
+        """End every request, because the group failed; the engine takes no further ones.
+
+        Args:
+            error: "CODE: message", for each of them.
+        """
+        self._failure = error
+        for step in self._steps:
+            for chunk in step.chunks:
+                self._scheduler.abandon(chunk)
+        self._steps.clear()
+        for sequence in list(self._sequences.values()):
+            self._ended.append(self._end(sequence, error=error))
+        ended, self._ended = self._ended, []
+        return ended
+
+    def load(self) -> ReplicaLoad:
+        """Return how busy the engine is; takes time in proportion to the requests it has."""
+        running, waiting = self._scheduler.running.values(), self._scheduler.waiting.values()
+        num_to_prefill = sum(s.num_remaining_tokens for s in waiting)
+        num_to_prefill += sum(s.num_remaining_tokens for s in running if not s.is_decoding)
+        return ReplicaLoad(
+            num_running=len(running),
+            num_waiting=len(waiting),
+            num_queued_prefill_tokens=num_to_prefill,
+            num_free_blocks=self._cache.num_free_blocks,
+            num_blocks=self._cache.num_blocks,
+            num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
+            num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+        )
+
+    @property
+    def num_preemptions(self) -> int:
+        """Sequences that had to give up their blocks, since start."""
+        return self._scheduler.num_preemptions
+
+    def take_block_events(self) -> tuple[list[bytes], list[bytes]]:
+        """Return the hashes of blocks added to and removed from the cache since the last call."""
+        return self._cache.take_events()
+
+    def cached_blocks(self) -> list[bytes]:
+        """Return the hashes of all cached blocks, those of events not taken yet included."""
+        return self._cache.hashes()
+
+    def check_invariants(self) -> None:
+        """Assert that queues, blocks and steps in flight agree."""
+        live = {s.seq_id: s for s in self._sequences.values()}
+        in_flight = {c.sequence.seq_id: c.sequence for s in self._steps for c in s.chunks}
+        assert len(in_flight) == sum(len(s.chunks) for s in self._steps), "in flight twice"
+        assert live == {**self._scheduler.running, **self._scheduler.waiting}
+        for sequence in {**live, **in_flight}.values():
+            assert sequence.in_flight == (sequence.seq_id in in_flight)
+            assert (sequence.state is SequenceState.FINISHED) == (sequence.seq_id not in live)
+        self._scheduler.check_invariants()
+        self._cache.check_invariants(s.block_table for s in {**live, **in_flight}.values())
+
+    def _submit(self) -> bool:
+        chunks = self._scheduler.schedule(self._clock.now())
+        if not chunks:
+            return False
+        step = _StepInFlight(next(self._step_ids), chunks)
+        self._steps.append(step)
+        plans = tuple(chunk.sequence.plan(chunk.num_tokens) for chunk in chunks)
+        self._executor.submit(StepPlan(step.step_id, plans))
+        return True
+
+    def _collect(self) -> list[EngineOutput]:
+        result = self._executor.collect(self._config.step_timeout_s)
+        step = self._steps.popleft()
+        assert result.step_id == step.step_id, f"step {result.step_id} came for {step.step_id}"
+        outputs = (self._apply(chunk, result) for chunk in step.chunks)
+        return [output for output in outputs if output is not None]
+
+    def _apply(self, chunk: Chunk, result: StepResult) -> EngineOutput | None:
+        """Advance a sequence by a computed chunk; return its new token, if it got one."""
+        sequence = chunk.sequence
+        self._scheduler.complete(chunk)
+        if sequence.state is SequenceState.FINISHED or sequence.num_remaining_tokens:
+            return None
+        token = result.tokens[sequence.seq_id]
+        self._num_generated_tokens += 1
+        reason = sequence.append(token.token_id)
+        if reason is not None:
+            return self._end(sequence, (token,), reason=reason)
+        return EngineOutput(sequence.request.request_id, (token,), sequence.num_cached_tokens)
+
+    def _end_expired(self) -> None:
+        now_s = self._clock.now()
+        if now_s < self._next_expiry_s:
+            return
+        for sequence in list(self._sequences.values()):
+            if sequence.expires_s <= now_s:
+                request = sequence.request
+                error = (
+                    f"DEADLINE_EXCEEDED: deadline_s={request.deadline_s:g} passed after "
+                    f"{sequence.num_output_tokens} of max_tokens={request.sampling.max_tokens}: "
+                    "allow more time or ask for fewer tokens"
+                )
+                self._ended.append(self._end(sequence, error=error))
+        self._next_expiry_s = min(
+            (sequence.expires_s for sequence in self._sequences.values()), default=math.inf
+        )
+
+    def _end(
+        self,
+        sequence: Sequence,
+        tokens: tuple[SampledToken, ...] = (),
+        *,
+        reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> EngineOutput:
+        """Take a sequence out of the engine; return its last output."""
+        del self._sequences[sequence.request.request_id]
+        self._scheduler.end(sequence)
+        began_s = self._clock.now() if sequence.admitted_s is None else sequence.admitted_s
+        return EngineOutput(
+            sequence.request.request_id,
+            tokens,
+            sequence.num_cached_tokens,
+            reason,
+            error,
+            began_s - sequence.arrived_s,
+        )

@@ -1,0 +1,238 @@
+"""Continuous batching: which sequences compute how many tokens in the next step.
+
+A step takes, until its budget of tokens or its number of sequences is used up,
+
+    1. the next token of every sequence that is decoding,
+    2. the next chunk of the prompts that have begun,
+    3. the first chunk of waiting sequences, in order of arrival.
+
+When blocks run out, the sequence that came last gives up all of its own and goes back to the head
+of the waiting ones; what it generated becomes part of the prompt that it computes again. Hence
+
+    running  | 3 | 4 | 6 | 7 |    waiting  | 8 | 9 | 10 | 11 |     in order of arrival
+
+every running sequence came before every waiting one, the first one always gets what it needs, and
+nothing starves. Nor do chunks and decodes starve each other: decodes go first, and no more
+sequences run than a step has tokens, so that a prompt that has begun finds at least one left.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cluster.config import EngineConfig
+from cluster.engine.prefix_cache import PrefixCache
+from cluster.engine.sequence import Sequence, SequenceState
+from cluster.errors import OverloadedError
+
+
+class Chunk(NamedTuple):
+    """The part of a step that belongs to one sequence."""
+
+    sequence: Sequence
+    num_tokens: int  # to compute
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The step that is being put together."""
+
+    budget_tokens: int  # left
+    num_places: int  # left
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def is_full(self) -> bool:
+        return self.budget_tokens == 0 or self.num_places == 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Take as many tokens of `sequence` as the budget allows; it is in flight from now on."""
+        num_tokens = min(sequence.num_remaining_tokens, self.budget_tokens)
+        sequence.in_flight = True
+        self.budget_tokens -= num_tokens
+        self.num_places -= 1
+        self.chunks.append(Chunk(sequence, num_tokens))
+
+
+class Scheduler:
+    """Owns the queues and every sequence's blocks.
+
+    Args:
+        config: Limits of a step and of the queue.
+        cache: The blocks.
+        block_size: Tokens per block.
+        max_in_flight: Steps that the executor works on at once; its pipeline stages.
+    """
+
+    def __init__(
+        self, config: EngineConfig, cache: PrefixCache, *, block_size: int, max_in_flight: int
+    ) -> None:
+        self._config = config
+        self._cache = cache
+        self._block_size = block_size
+        self._max_in_flight = max_in_flight
+        num_per_step = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._max_num_running = num_per_step * max_in_flight
+        self.waiting: OrderedDict[int, Sequence] = OrderedDict()
+        self.running: dict[int, Sequence] = {}
+        # Since start; a sequence that is admitted again after a preemption is not counted again.
+        self.num_prefix_query_tokens = 0
+        self.num_prefix_hit_tokens = 0
+        self.num_preemptions = 0
+
+    def check_has_room(self) -> None:
+        """Refuse one more sequence if the queue is full.
+
+        Raises:
+            OverloadedError: As many wait as may wait.
+        """
+        if len(self.waiting) >= self._config.max_num_waiting:
+            raise OverloadedError(
+                f"{len(self.waiting)} requests wait in this replica, "
+                f"limit={self._config.max_num_waiting}: come back later"
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a new sequence wait, after all that came before it."""
+        self.waiting[sequence.seq_id] = sequence
+
+    def schedule(self, now_s: float) -> list[Chunk]:
+        """Return the next step, empty if there is nothing to do; it is in flight from now on."""
+        batch = _Batch(self._config.max_num_batched_tokens, self._config.max_num_seqs)
+        self._take_decodes(batch)
+        self._take_begun_prompts(batch)
+        self._take_waiting(batch, now_s)
+        return batch.chunks
+
+    def complete(self, chunk: Chunk) -> None:
+        """Note that a chunk is computed; if its sequence ended meanwhile, free its blocks."""
+        sequence = chunk.sequence
+        sequence.num_computed_tokens += chunk.num_tokens
+        self._register_full_blocks(sequence)
+        self.abandon(chunk)
+
+    def abandon(self, chunk: Chunk) -> None:
+        """Note that a chunk is not in flight any more, whatever became of it."""
+        chunk.sequence.in_flight = False
+        if chunk.sequence.state is SequenceState.FINISHED:
+            self._release_blocks(chunk.sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        """Take a sequence out of the queues.
+
+        Its blocks are free at once or, where a step that writes to them is in flight, with that
+        step's `complete`.
+        """
+        self.waiting.pop(sequence.seq_id, None)
+        self.running.pop(sequence.seq_id, None)
+        sequence.state = SequenceState.FINISHED
+        if not sequence.in_flight:
+            self._release_blocks(sequence)
+
+    def check_invariants(self) -> None:
+        """Assert that states, queues, blocks and the order of arrival agree."""
+        order = [*self.running, *self.waiting]
+        assert order == sorted(order), f"not in order of arrival: {order}"
+        assert len(self.running) <= self._max_num_running
+        for sequence in self.waiting.values():
+            assert sequence.state is SequenceState.WAITING and not sequence.in_flight
+            assert not sequence.block_table and not sequence.num_computed_tokens
+        for sequence in self.running.values():
+            assert sequence.state is SequenceState.RUNNING
+            assert 0 <= sequence.num_computed_tokens < sequence.num_tokens
+            num_covered = len(sequence.block_table) * self._block_size
+            assert num_covered >= sequence.num_tokens - sequence.is_decoding
+
+    def _take_decodes(self, batch: _Batch) -> None:
+        decodes = [sequence for sequence in self.running.values() if sequence.is_decoding]
+        # An equal share for each step in flight, or one stage would work on all and others on none.
+        num_share = -(-len(decodes) // self._max_in_flight)
+        for sequence in decodes:
+            if batch.is_full or len(batch.chunks) == num_share:
+                return
+            # One that came earlier may have preempted it in this very loop.
+            is_ready = sequence.state is SequenceState.RUNNING and not sequence.in_flight
+            if is_ready and self._reserve_next_token(sequence):
+                batch.add(sequence)
+
+    def _take_begun_prompts(self, batch: _Batch) -> None:
+        for sequence in self.running.values():
+            if batch.is_full:
+                return
+            if not sequence.in_flight and not sequence.is_decoding:
+                batch.add(sequence)
+
+    def _take_waiting(self, batch: _Batch, now_s: float) -> None:
+        while self.waiting and not batch.is_full and len(self.running) < self._max_num_running:
+            sequence = next(iter(self.waiting.values()))
+            if not self._admit(sequence, now_s):
+                return
+            batch.add(sequence)
+
+    def _reserve_next_token(self, sequence: Sequence) -> bool:
+        """Give a decoding sequence the block that its next token needs, or return False: wait.
+
+        It may take blocks from those that came later, the last one first. Where that one is in
+        flight it waits: to preempt another one instead would break the order of arrival.
+        """
+        if len(sequence.block_table) * self._block_size >= sequence.num_tokens:
+            return True
+        while self._cache.num_free_blocks == 0:
+            last = next(reversed(self.running.values()))
+            if last is sequence or last.in_flight:
+                return False
+            self._preempt(last)
+        sequence.block_table += tuple(self._cache.allocate(1))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        del self.running[sequence.seq_id]
+        self.waiting[sequence.seq_id] = sequence
+        self.waiting.move_to_end(sequence.seq_id, last=False)
+        sequence.state = SequenceState.WAITING
+        self._release_blocks(sequence)
+        sequence.num_computed_tokens = 0
+
+    def _admit(self, sequence: Sequence, now_s: float) -> bool:
+        """Let a waiting sequence run if all of its tokens so far find blocks.
+
+        All, not those of the first chunk: a prompt that is begun is not given up halfway because
+        two prompts took the blocks that were enough for one.
+        """
+        # At least the last token is computed: its logits choose the next one.
+        num_matchable = (sequence.num_tokens - 1) // self._block_size
+        matched = self._cache.match(sequence.block_hash(i) for i in range(num_matchable))
+        num_new_blocks = -(-sequence.num_tokens // self._block_size) - len(matched)
+        if not self._cache.has_room(matched, num_new_blocks):
+            return False
+        self._cache.acquire(matched)
+        sequence.block_table = (*matched, *self._cache.allocate(num_new_blocks))
+        sequence.num_registered_blocks = len(matched)
+        sequence.num_computed_tokens = len(matched) * self._block_size
+        if sequence.admitted_s is None:
+            sequence.admitted_s = now_s
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.num_prefix_query_tokens += sequence.num_prompt_tokens
+            self.num_prefix_hit_tokens += sequence.num_cached_tokens
+        sequence.state = SequenceState.RUNNING
+        self.running[sequence.seq_id] = self.waiting.pop(sequence.seq_id)
+        return True
+
+    def _register_full_blocks(self, sequence: Sequence) -> None:
+        """Enter newly filled blocks into the prefix cache; an earlier copy replaces ours."""
+        num_full = sequence.num_computed_tokens // self._block_size
+        if not self._cache.is_enabled or num_full == sequence.num_registered_blocks:
+            return
+        table = list(sequence.block_table)
+        for index in range(sequence.num_registered_blocks, num_full):
+            table[index] = self._cache.register(sequence.block_hash(index), table[index])
+        sequence.block_table = tuple(table)
+        sequence.num_registered_blocks = num_full
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        self._cache.release(sequence.block_table)
+        sequence.block_table = ()
+        sequence.num_registered_blocks = 0

@@ -1,0 +1,89 @@
+"""Who may come in: bounded counts, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cluster.config import GatewayConfig
+from cluster.errors import InvalidArgumentError, OverloadedError, UnavailableError
+
+_RETRY_AFTER_S = 1.0
+
+
+class Admission:
+    """Counts the requests of one gateway, and refuses what exceeds its bounds."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._config = config
+        self._live: set[str] = set()  # ids of admitted requests
+        self._num_queued = 0
+        self._is_closed = False
+
+    @property
+    def num_inflight(self) -> int:
+        """Requests that were admitted and have not ended, the queued ones included."""
+        return len(self._live)
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for a replica."""
+        return self._num_queued
+
+    def close(self) -> None:
+        """Admit no more requests."""
+        self._is_closed = True
+
+    @contextmanager
+    def admit(self, request_id: str) -> Iterator[None]:
+        """Hold a place among the requests in flight.
+
+        Raises:
+            UnavailableError: The gateway is shutting down.
+            OverloadedError: Too many requests are in flight.
+            InvalidArgumentError: A request of this id has not ended.
+        """
+        limit = self._config.max_inflight_requests
+        if self._is_closed:
+            raise UnavailableError("this gateway is shutting down: connect again")
+        if len(self._live) >= limit:
+            raise OverloadedError(
+                f"{len(self._live)} requests in flight, "
+                f"gateway.max_inflight_requests={limit}: try again later",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        if request_id in self._live:
+            raise InvalidArgumentError(
+                f"request_id={request_id!r} belongs to a request that has not ended: "
+                "choose another, or leave it to the server",
+                field="request_id",
+            )
+        self._live.add(request_id)
+        try:
+            yield
+        finally:
+            self._live.remove(request_id)
+
+    @contextmanager
+    def queue(self) -> Iterator[int]:
+        """Hold a place in the queue for a replica; gives the number of requests before it.
+
+        Raises:
+            OverloadedError: The queue is full.
+        """
+        limit = self._config.max_queued_requests
+        if self._num_queued >= limit:
+            raise OverloadedError(
+                f"no replica is ready and {self._num_queued} requests wait for one, "
+                f"gateway.max_queued_requests={limit}: try again later",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        self._num_queued += 1
+        try:
+            yield self._num_queued - 1
+        finally:
+            self._num_queued -= 1
+
+    def check_invariants(self) -> None:
+        """Assert what must hold at all times."""
+        assert 0 <= self._num_queued <= len(self._live) <= self._config.max_inflight_requests

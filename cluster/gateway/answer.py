@@ -1,0 +1,89 @@
+"""From an engine's tokens to what a client sees of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from cluster.gateway.stop import StopMatcher
+from cluster.gateway.tokenizer import Detokenizer, Tokenizer
+from cluster.rpc.sluice.v1 import inference_pb2
+from cluster.types import EngineOutput, FinishReason, SampledToken, SamplingParams
+
+
+class Answer:
+    """One answer as it grows: text, stop strings, counts.
+
+    After `feed` has set `finish_reason`, nothing more is taken.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer)
+        self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
+        self._min_tokens = sampling.min_tokens
+        self.finish_reason: FinishReason | None = None
+        self.num_tokens = 0  # up to and including the one that completed a stop string
+        self.num_cached_tokens = 0
+        self.engine_queued_s = 0.0  # in the engine, before the first step
+
+    def feed(self, outputs: Iterable[EngineOutput]) -> inference_pb2.TokenDelta:
+        """Take outputs that did not fail; return their text and tokens as one delta."""
+        tokens: list[SampledToken] = []
+        end: FinishReason | None = None
+        for output in outputs:
+            tokens.extend(output.tokens)
+            self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+            if output.finish_reason is not None:
+                end, self.engine_queued_s = output.finish_reason, output.queued_s
+        if self._matcher is None:
+            text = self._detokenizer.push([token.token_id for token in tokens]) if tokens else ""
+        else:
+            text, num_used = self._match(self._matcher, tokens)
+            del tokens[num_used:]
+        self.num_tokens += len(tokens)
+        if self.finish_reason is None and end is not None:
+            text += self._flush(end)
+        return inference_pb2.TokenDelta(
+            text=text,
+            token_ids=[token.token_id for token in tokens],
+            logprobs=self._logprobs(tokens),
+        )
+
+    def _match(self, matcher: StopMatcher, tokens: Sequence[SampledToken]) -> tuple[str, int]:
+        """Return the text up to a stop string and how many of the tokens lead there."""
+        pieces: list[str] = []
+        for index, token in enumerate(tokens, start=1):
+            piece, is_match = matcher.feed(
+                self._detokenizer.push((token.token_id,)),
+                is_armed=self.num_tokens + index >= self._min_tokens,
+            )
+            pieces.append(piece)
+            if is_match:
+                self.finish_reason = FinishReason.STOP
+                return "".join(pieces), index
+        return "".join(pieces), len(tokens)
+
+    def _flush(self, end: FinishReason) -> str:
+        text = self._detokenizer.flush()
+        self.finish_reason = end
+        if self._matcher is None:
+            return text
+        piece, is_match = self._matcher.feed(text)
+        if is_match:
+            self.finish_reason = FinishReason.STOP
+            return piece
+        return piece + self._matcher.flush()
+
+    def _logprobs(self, tokens: Sequence[SampledToken]) -> list[inference_pb2.PositionLogprobs]:
+        return [
+            inference_pb2.PositionLogprobs(
+                chosen=self._logprob(token.token_id, token.logprob),
+                top=[self._logprob(item.token_id, item.logprob) for item in token.top],
+            )
+            for token in tokens
+            if token.logprob is not None
+        ]
+
+    def _logprob(self, token_id: int, logprob: float) -> inference_pb2.TokenLogprob:
+        text = self._tokenizer.token_text(token_id)
+        return inference_pb2.TokenLogprob(token_id=token_id, logprob=logprob, text=text)

@@ -1,0 +1,286 @@
+"""The composition root: a configuration becomes a Serve application, and that a running cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray import serve
+
+from cluster.autoscaler.actuator import environment, scaling_options
+from cluster.client import Client
+from cluster.config import ClusterConfig, parse_config
+from cluster.errors import ConfigError, SluiceError, UnavailableError
+from cluster.gateway.grpc_server import GatewayServer
+from cluster.kvstore.embedded_actor import delete_actor
+from cluster.kvstore.open import open_store
+from cluster.model.checkpoint import check_layout, inspect_checkpoint
+from cluster.model.collective import check_compiler
+from cluster.replica.placement import group_num_cpus
+from cluster.replica.ray_actors import group_deployment
+
+logger = logging.getLogger(__name__)
+
+APP_NAME = "sluice"
+GATEWAY_LEASES = "gateway"
+GATEWAY_NUM_CPUS = 0.1
+
+
+class Gateway:
+    """The Serve deployment: one replica of it is one gateway."""
+
+    async def __init__(self, config: dict[str, Any], groups: Any) -> None:
+        del groups  # Serve deploys them with the gateway; requests do not go through the handle
+        self._config = parse_config(config)
+        self._store = open_store(self._config.store)
+        self._gateway_id = serve.get_replica_context().replica_id.unique_id
+        self._server = GatewayServer(self._config, store=self._store, gateway_id=self._gateway_id)
+        port = await self._server.start()
+        self._address = f"{self._config.gateway.host}:{port}"
+        self._lease = asyncio.create_task(self._keep_lease())
+
+    async def _keep_lease(self) -> None:
+        ttl_s = self._config.replica.lease_ttl_s
+        while True:
+            with contextlib.suppress(SluiceError):  # tried again; nobody depends on this lease
+                await self._store.put_lease(
+                    GATEWAY_LEASES, self._gateway_id, self._address.encode(), ttl_s
+                )
+            await asyncio.sleep(ttl_s / 4)
+
+    async def __del__(self) -> None:
+        """Let streams finish, then end: Serve calls this on scale-down, upgrade and shutdown."""
+        self._lease.cancel()
+        await self._server.stop(self._config.gateway.drain_timeout_s)
+        with contextlib.suppress(SluiceError):
+            await self._store.drop_lease(GATEWAY_LEASES, self._gateway_id)
+        await self._store.close()
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Return the application of a configuration given as plain data; Serve's import path.
+
+    Raises:
+        ConfigError: The configuration cannot work.
+    """
+    config = parse_config(args)
+    groups = group_deployment(config, scaling_options(config), environment(config))
+    actor_options: dict[str, Any] = {"num_cpus": GATEWAY_NUM_CPUS}
+    if config.gateway.ray_resource:
+        actor_options["resources"] = {config.gateway.ray_resource: 0.001}
+    return (
+        serve.deployment(Gateway)
+        .options(
+            name="gateway",
+            num_replicas=config.gateway.num_replicas,
+            ray_actor_options=actor_options,
+            graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + 5.0,
+            graceful_shutdown_wait_loop_s=0.1,
+            health_check_period_s=2.0,
+        )
+        .bind(config.model_dump(), groups)
+    )
+
+
+def check(config: ClusterConfig) -> None:
+    """Find every mistake that can be known before a process is started.
+
+    Raises:
+        ConfigError: Naming the knob, its value and what to do.
+    """
+    parallel = config.parallel
+    info = inspect_checkpoint(config.model.folder)
+    check_layout(info, parallel.tp, parallel.pp)
+    if config.model.max_model_len > info.max_model_len:
+        raise ConfigError(
+            f"model.max_model_len={config.model.max_model_len}, the model's limit is "
+            f"{info.max_model_len}: ask for less",
+            field="model.max_model_len",
+        )
+    if parallel.tp > 1 and config.model.device == "cpu":
+        check_compiler()
+    if parallel.world_size > 1 and config.model.device == "cuda":
+        raise ConfigError(
+            f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp} on model.device=cuda: "
+            "groups of more than one GPU are not supported yet, use 1x1 or model.device=cpu",
+            field="parallel",
+        )
+    if config.gateway.port == 0 and config.gateway.num_replicas > 1:
+        raise ConfigError(
+            f"gateway.port=0 with gateway.num_replicas={config.gateway.num_replicas}: "
+            "gateways share one port, name it",
+            field="gateway.port",
+        )
+    _check_port(config.gateway.host, config.gateway.port)
+    scheme = config.store.resolved_url.split("://")[0]
+    if scheme not in ("embedded", "redis", "rediss", "unix"):
+        raise ConfigError(
+            f"store.url: unknown scheme {scheme!r}, use embedded, redis://, rediss:// or unix://",
+            field="store.url",
+        )
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"gateway.port={port}: cannot listen on {host}:{port} ({error.strerror}): "
+                "choose another, or 0 for a free one",
+                field="gateway.port",
+            ) from error
+
+
+class ServingCluster:
+    """A cluster that runs; leaving its context ends it."""
+
+    def __init__(self, config: ClusterConfig, address: str, *, owns_ray: bool) -> None:
+        self.config = config
+        self.address = address  # host:port of a gateway
+        self._owns_ray = owns_ray
+        self._is_stopped = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End gateways, groups, the embedded store, and Ray if it was started here."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        _stop(self.config, owns_ray=self._owns_ray)
+
+
+def start(
+    config: ClusterConfig,
+    *,
+    ray_address: str | None = None,
+    on_progress: Callable[[str], None] | None = None,
+    timeout_s: float = 300.0,
+) -> ServingCluster:
+    """Deploy a cluster and return when every replica group takes requests.
+
+    Args:
+        config: What to deploy; `check` it first.
+        ray_address: A Ray cluster to use; None starts one on this machine.
+        on_progress: Told in a few words what goes on.
+        timeout_s: For all of it.
+
+    Raises:
+        UnavailableError: It did not come up; nothing is left running.
+    """
+    tell = on_progress or (lambda message: None)
+    deadline_s = time.monotonic() + timeout_s
+    owns_ray = _connect_ray(config, ray_address, tell)
+    try:
+        tell("deploying gateway and replica groups")
+        serve.start(proxy_location="Disabled")
+        _run_until(
+            deadline_s,
+            lambda: serve.run(build(config.model_dump()), name=APP_NAME, route_prefix=None),
+        )
+        address = asyncio.run(_find_gateway(config, deadline_s))
+        _wait_ready(config, address, deadline_s, tell)
+    except BaseException:
+        _stop(config, owns_ray=owns_ray)
+        raise
+    return ServingCluster(config, address, owns_ray=owns_ray)
+
+
+def _connect_ray(
+    config: ClusterConfig, ray_address: str | None, tell: Callable[[str], None]
+) -> bool:
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if ray_address is not None:
+        tell(f"connecting to Ray at {ray_address}")
+        ray.init(address=ray_address, namespace=APP_NAME, **quiet)
+        return False
+    scaling = config.replica.autoscaling
+    num_groups = scaling.max_replicas if scaling else config.replica.num_replicas
+    needed = num_groups * group_num_cpus(config.parallel) + config.gateway.num_replicas + 1
+    num_cpus = max(os.cpu_count() or 1, int(needed + 1))  # logical: places, not cores
+    tell(f"starting Ray on this machine with {num_cpus} logical CPUs")
+    ray.init(
+        address="local", num_cpus=num_cpus, include_dashboard=False, namespace=APP_NAME, **quiet
+    )
+    return True
+
+
+def _run_until(deadline_s: float, call: Callable[[], Any]) -> None:
+    """Run a call that has no deadline of its own."""
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+    try:
+        pool.submit(call).result(timeout=max(0.0, deadline_s - time.monotonic()))
+    except TimeoutError as error:
+        raise UnavailableError("the cluster did not come up in time: see Ray's logs") from error
+    except RuntimeError as error:  # Serve's, when a deployment failed
+        raise UnavailableError(str(error)) from error
+    finally:
+        pool.shutdown(wait=False)
+
+
+async def _find_gateway(config: ClusterConfig, deadline_s: float) -> str:
+    store = open_store(config.store)
+    try:
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(UnavailableError):
+                for address in (await store.list_leases(GATEWAY_LEASES)).values():
+                    host, _, port = address.decode().rpartition(":")
+                    return f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+            await asyncio.sleep(0.1)
+    finally:
+        await store.close()
+    raise UnavailableError("no gateway registered in time: see Ray's logs")
+
+
+def _wait_ready(
+    config: ClusterConfig, address: str, deadline_s: float, tell: Callable[[str], None]
+) -> None:
+    scaling = config.replica.autoscaling
+    expected = scaling.min_replicas if scaling else config.replica.num_replicas
+    tell(f"waiting for {expected} replica groups")
+    ca_file = config.gateway.tls_cert or None
+    with Client(address, ca_file=ca_file) as client:
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(SluiceError):
+                ready = [r for r in client.status().replicas if r.state == "ready"]
+                if len(ready) >= expected:
+                    return
+            time.sleep(0.1)
+    raise UnavailableError(f"{expected} replica groups were not ready in time: see Ray's logs")
+
+
+def _stop(config: ClusterConfig, *, owns_ray: bool) -> None:
+    if not ray.is_initialized():
+        return
+    try:
+        if owns_ray:
+            serve.shutdown()
+        else:
+            serve.delete(APP_NAME)
+        if config.store.url == "embedded":
+            delete_actor(config.store.namespace)
+    finally:
+        if owns_ray:
+            ray.shutdown()

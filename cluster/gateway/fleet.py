@@ -1,0 +1,99 @@
+"""All leaders that this gateway knows: found through the store, kept through their connections."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from cluster.config import ReplicaConfig
+from cluster.errors import SluiceError
+from cluster.gateway.leader_link import LeaderLink
+from cluster.kvstore.registry import Registry
+from cluster.kvstore.store import Store
+from cluster.router.prefix_index import PrefixIndex
+from cluster.router.replica_table import ReplicaTable
+
+logger = logging.getLogger(__name__)
+
+_POLL_INTERVAL_S = 0.25
+
+
+class Fleet:
+    """Links to the leaders; table and index hold those that can be routed to.
+
+    The store may fail: a leader that is connected stays, whatever the store says of it.
+    """
+
+    def __init__(self, config: ReplicaConfig, store: Store) -> None:
+        self.table = ReplicaTable()
+        self.index = PrefixIndex()
+        self._silence_s = config.lease_ttl_s
+        self._registry = Registry(store)
+        self._links: dict[str, LeaderLink] = {}
+        self._changed = asyncio.Event()
+        self._is_store_up = True
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def links(self) -> list[LeaderLink]:
+        """All links, connected or not, ordered by replica id."""
+        return [link for _, link in sorted(self._links.items())]
+
+    def start(self) -> None:
+        """Begin to look for leaders."""
+        self._task = asyncio.create_task(self._poll(), name="fleet")
+
+    async def stop(self) -> None:
+        """Close all connections; their requests end."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await asyncio.gather(*(link.stop() for link in self._links.values()))
+        self._links.clear()
+
+    def link(self, replica_id: str) -> LeaderLink | None:
+        """Return the link to a replica, if it is known."""
+        return self._links.get(replica_id)
+
+    async def wait_change(self, timeout_s: float) -> None:
+        """Return when a replica has come, gone, begun or ended to drain.
+
+        Raises:
+            TimeoutError: Nothing of that happened in time.
+        """
+        await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    def _on_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                await self._reconcile()
+            except Exception:
+                logger.exception("looking for replicas failed")
+            await asyncio.sleep(_POLL_INTERVAL_S)
+
+    async def _reconcile(self) -> None:
+        try:
+            infos = await self._registry.list()
+        except SluiceError as error:
+            if self._is_store_up:
+                logger.warning("store: %s; known replicas are kept", error)
+            self._is_store_up = False
+            return
+        self._is_store_up = True
+        for info in infos:
+            if info.replica_id not in self._links:
+                self._links[info.replica_id] = LeaderLink(
+                    info,
+                    table=self.table,
+                    index=self.index,
+                    silence_s=self._silence_s,
+                    on_change=self._on_change,
+                )
+        leased = {info.replica_id for info in infos}
+        for replica_id in [*self._links]:
+            if replica_id not in leased and not self._links[replica_id].is_connected:
+                await self._links.pop(replica_id).stop()

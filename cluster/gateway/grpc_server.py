@@ -1,0 +1,205 @@
+"""The gateway: its own grpc.aio server, free of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from cluster.config import ClusterConfig, GatewayConfig
+from cluster.errors import ConfigError, UnavailableError
+from cluster.gateway.admission import Admission
+from cluster.gateway.fleet import Fleet
+from cluster.gateway.generation import GatewayParts
+from cluster.gateway.servicer import InferenceServicer
+from cluster.gateway.tokenizer import Tokenizer
+from cluster.gateway.wire import SERVICE, add_inference_service
+from cluster.kvstore.store import Store
+from cluster.metrics import Metrics
+from cluster.router.router import Router
+
+logger = logging.getLogger(__name__)
+
+_STOP_GRACE_S = 1.0  # for statuses to reach clients after the last stream has ended
+_DRAIN_LOOK_S = 0.05
+
+
+class GatewayServer:
+    """Serves sluice.v1.Inference, health and reflection on one port.
+
+    Args:
+        config: Of the cluster.
+        store: Where replicas register; stays the caller's.
+        gateway_id: Unique in the cluster.
+        metrics: Counted into; None makes some of its own.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        *,
+        store: Store,
+        gateway_id: str,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._gateway_id = gateway_id
+        self._metrics = metrics or Metrics(CollectorRegistry())
+        self._admission = Admission(config.gateway)
+        self._is_stopping = False
+
+    @property
+    def num_inflight(self) -> int:
+        """Requests that have not ended."""
+        return self._admission.num_inflight
+
+    def check_health(self) -> None:
+        """Raise where this gateway serves nobody any more.
+
+        Raises:
+            UnavailableError: It is shutting down.
+        """
+        if self._is_stopping:
+            raise UnavailableError("this gateway is shutting down")
+
+    async def start(self) -> int:
+        """Serve; return the port.
+
+        Raises:
+            ConfigError: The port, the TLS files or the model's tokenizer cannot be used.
+        """
+        tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
+        self._fleet = Fleet(self._config.replica, self._store)
+        parts = GatewayParts(
+            config=self._config,
+            gateway_id=self._gateway_id,
+            tokenizer=tokenizer,
+            fleet=self._fleet,
+            router=Router(self._config.router),
+            admission=self._admission,
+            metrics=self._metrics,
+            rng=random.Random(),
+        )
+        self._observe()
+        self._server = grpc.aio.server(options=_options(self._config.gateway))
+        add_inference_service(InferenceServicer(parts), self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+        port = _bind(self._server, self._config.gateway)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+        self._fleet.start()
+        self._health_task = asyncio.create_task(self._announce(), name="health")
+        logger.info("gateway %s serves on port %d", self._gateway_id, port)
+        return port
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """Refuse new requests, let the present ones finish for a time, then close.
+
+        Args:
+            drain_timeout_s: Streams that take longer end with UNAVAILABLE, seconds.
+        """
+        self._is_stopping = True
+        self._admission.close()
+        self._health_task.cancel()
+        await self._health.enter_graceful_shutdown()
+        try:
+            async with asyncio.timeout(drain_timeout_s):
+                while self._admission.num_inflight:
+                    await asyncio.sleep(_DRAIN_LOOK_S)
+        except TimeoutError:
+            logger.warning("%d requests did not finish in time", self._admission.num_inflight)
+        await self._fleet.stop()
+        await self._server.stop(_STOP_GRACE_S)
+
+    async def _announce(self) -> None:
+        """Report SERVING from the first connected replica on: later ones are waited for."""
+        while not len(self._fleet.table):
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in (health.OVERALL_HEALTH, SERVICE):
+            await self._health.set(service, status)
+
+    def _observe(self) -> None:
+        metrics, fleet, admission = self._metrics, self._fleet, self._admission
+        metrics.inflight.set_function(lambda: admission.num_inflight)
+        metrics.queued.set_function(lambda: admission.num_queued)
+        metrics.replicas.set_function(lambda: len(fleet.table))
+        metrics.index.set_function(lambda: fleet.index.num_bytes)
+
+
+def _options(config: GatewayConfig) -> list[tuple[str, int]]:
+    keepalive_ms = int(config.keepalive_s * 1000)
+    return [
+        ("grpc.so_reuseport", 1),  # the gateways of one host share the port
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", min(keepalive_ms, 20_000)),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ]
+
+
+def _bind(server: grpc.aio.Server, config: GatewayConfig) -> int:
+    address = f"{config.host}:{config.port}"
+    if config.port and config.num_replicas == 1:
+        _check_free(config)
+    try:
+        credentials = _credentials(config)
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise _port_error(config, "cannot be bound, or the TLS files do not fit") from error
+
+
+def _check_free(config: GatewayConfig) -> None:
+    """Raise if somebody listens: with SO_REUSEPORT two servers would share clients in silence."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host.strip("[]"), config.port))
+        except OSError as error:
+            raise _port_error(config, f"in use ({error.strerror})") from error
+
+
+def _port_error(config: GatewayConfig, reason: str) -> ConfigError:
+    return ConfigError(
+        f"gateway.port={config.port}: {reason} on {config.host}: "
+        "choose another, or stop who listens there",
+        field="gateway.port",
+    )
+
+
+def _credentials(config: GatewayConfig) -> grpc.ServerCredentials | None:
+    if not config.tls_cert:
+        return None
+    key, cert = _read(config.tls_key, "tls_key"), _read(config.tls_cert, "tls_cert")
+    client_ca = _read(config.tls_client_ca, "tls_client_ca") if config.tls_client_ca else None
+    return grpc.ssl_server_credentials(
+        [(key, cert)], root_certificates=client_ca, require_client_auth=client_ca is not None
+    )
+
+
+def _read(path: str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        field = f"gateway.{name}"
+        raise ConfigError(
+            f"{field}={path}: {error.strerror}: give a PEM file", field=field
+        ) from error

@@ -1,0 +1,219 @@
+"""A gateway's connection to one leader: a session for requests, a watch for blocks and load.
+
+    connecting ──► watch's snapshot came: up, in table and index ──► session or channel broke: down
+        ▲                                                                │ requests end, leaves
+        └───────────────────────── backoff ◄─────────────────────────────┘ table and index
+
+A watch that falls silent or has a gap takes the replica out of table and index and is opened anew;
+the session goes on, because busy is not dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+
+import grpc
+
+from cluster.errors import UnavailableError
+from cluster.gateway.stream import OutputStream
+from cluster.router.prefix_index import PrefixIndex
+from cluster.router.replica_table import ReplicaTable
+from cluster.rpc import convert
+from cluster.rpc.sluice.internal.v1 import engine_pb2, engine_pb2_grpc
+from cluster.types import EngineRequest, ReplicaInfo
+
+logger = logging.getLogger(__name__)
+
+_MIN_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 2.0
+_MAX_COMMANDS = 65536  # a leader that reads none of so many is given up
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 256 * 2**20),  # a snapshot of 30 million blocks
+    ("grpc.max_send_message_length", 64 * 2**20),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.use_local_subchannel_pool", 1),  # each attempt connects anew, with our backoff
+    ("grpc.enable_retries", 0),
+)
+
+
+class LeaderLink:
+    """Keeps one leader connected for as long as it is running.
+
+    Args:
+        info: Of the replica.
+        table: Holds the replica while it is up.
+        index: Likewise its blocks.
+        silence_s: A watch that is silent for so long is given up, seconds.
+        on_change: Called when the replica has come, gone, begun or ended to drain.
+    """
+
+    def __init__(
+        self,
+        info: ReplicaInfo,
+        *,
+        table: ReplicaTable,
+        index: PrefixIndex,
+        silence_s: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.info = info
+        self._table = table
+        self._index = index
+        self._silence_s = silence_s
+        self._on_change = on_change
+        self._streams: dict[str, OutputStream] = {}
+        self._commands: deque[engine_pb2.SessionRequest] = deque()
+        self._has_commands = asyncio.Event()
+        self._is_connected = False
+        self._task = asyncio.create_task(self._run(), name=f"link {info.replica_id}")
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the leader has answered and the session has not broken since."""
+        return self._is_connected
+
+    async def stop(self) -> None:
+        """Close the connection; its requests end."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    def submit(self, request: EngineRequest) -> OutputStream:
+        """Begin a request.
+
+        Raises:
+            UnavailableError: The leader is not connected.
+        """
+        if not self._is_connected:
+            raise UnavailableError(f"replica {self.info.replica_id} is not connected: try again")
+        stream = self._streams[request.request_id] = OutputStream()
+        self._send(engine_pb2.SessionRequest(submit=convert.submit_to_proto(request)))
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; one that has ended already is left alone."""
+        if self._streams.pop(request_id, None) is not None:
+            self._send(engine_pb2.SessionRequest(cancel=engine_pb2.Cancel(request_id=request_id)))
+
+    def _send(self, command: engine_pb2.SessionRequest) -> None:
+        self._commands.append(command)
+        self._has_commands.set()
+
+    async def _run(self) -> None:
+        backoff_s = _MIN_BACKOFF_S
+        while True:
+            try:
+                await self._connect()
+            except* (grpc.aio.AioRpcError, UnavailableError) as group:
+                logger.warning("replica %s: %s", self.info.replica_id, _reason(group))
+            except* Exception:
+                logger.exception("replica %s: connection given up", self.info.replica_id)
+            finally:
+                was_connected = self._is_connected
+                self._lose()
+            backoff_s = _MIN_BACKOFF_S if was_connected else min(2 * backoff_s, _MAX_BACKOFF_S)
+            await asyncio.sleep(backoff_s)
+
+    async def _connect(self) -> None:
+        """Stay connected until the session or the channel breaks, which raises."""
+        async with (
+            grpc.aio.insecure_channel(self.info.address, options=_CHANNEL_OPTIONS) as channel,
+            asyncio.TaskGroup() as tasks,
+        ):
+            stub = engine_pb2_grpc.EngineStub(channel)
+            session = stub.Session()
+            tasks.create_task(self._read_outputs(session))
+            tasks.create_task(self._write_commands(session))
+            tasks.create_task(self._watch(stub))
+
+    def _lose(self) -> None:
+        self._is_connected = False
+        self._leave()
+        self._commands.clear()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(UnavailableError(f"replica {self.info.replica_id} died: try again"))
+
+    def _leave(self) -> None:
+        if self.info.replica_id in self._table:
+            self._table.remove(self.info.replica_id)
+            self._index.drop(self.info.replica_id)
+            self._on_change()
+
+    async def _read_outputs(self, session: _Session) -> None:
+        async for response in session:
+            for message in response.outputs:
+                stream = self._streams.get(message.request_id)
+                if stream is None:  # cancelled; its last outputs were on the way
+                    continue
+                if message.end:
+                    del self._streams[message.request_id]
+                stream.push(convert.output_from_proto(message))
+        raise UnavailableError("the leader ended the session")
+
+    async def _write_commands(self, session: _Session) -> None:
+        while True:
+            await self._has_commands.wait()
+            self._has_commands.clear()
+            if len(self._commands) > _MAX_COMMANDS:
+                raise UnavailableError(f"the leader has not read {len(self._commands)} commands")
+            while self._commands:
+                await session.write(self._commands.popleft())
+
+    async def _watch(self, stub: engine_pb2_grpc.EngineStub) -> None:
+        while True:
+            call = stub.Watch(engine_pb2.WatchRequest())
+            try:
+                await self._follow(call)
+            except TimeoutError:
+                logger.warning(
+                    "replica %s: no word for %g s", self.info.replica_id, self._silence_s
+                )
+            finally:
+                call.cancel()
+                self._leave()
+
+    async def _follow(self, call: _Watch) -> None:
+        """Apply a watch's messages until one is missing or late."""
+        expected_seq = 0
+        while True:
+            message = await asyncio.wait_for(call.read(), self._silence_s)
+            if message is grpc.aio.EOF:
+                raise UnavailableError("the leader ended the watch")
+            if message.seq != expected_seq or message.is_snapshot != (expected_seq == 0):
+                logger.warning(
+                    "replica %s: watch message %d came in place of %d",
+                    *(self.info.replica_id, message.seq, expected_seq),
+                )
+                return
+            expected_seq += 1
+            self._apply(message)
+
+    def _apply(self, message: engine_pb2.WatchResponse) -> None:
+        replica_id, load = self.info.replica_id, convert.load_from_proto(message.load)
+        if message.is_snapshot:
+            self._index.replace(replica_id, message.added)
+            self._table.add(self.info, load)
+            self._is_connected = True
+            self._on_change()
+            return
+        self._index.apply(replica_id, added=message.added, removed=message.removed)
+        if message.HasField("load") and self._table.on_load(replica_id, load):
+            self._on_change()
+
+
+_Session = grpc.aio.StreamStreamCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]
+_Watch = grpc.aio.UnaryStreamCall[engine_pb2.WatchRequest, engine_pb2.WatchResponse]
+
+
+def _reason(group: BaseExceptionGroup[BaseException]) -> str:
+    """Return the first cause, in one line."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error)

@@ -1,0 +1,172 @@
+"""The five methods of sluice.v1.Inference."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from cluster.errors import InvalidArgumentError, SluiceError
+from cluster.gateway import validation
+from cluster.gateway.generation import ClientCall, GatewayParts
+from cluster.gateway.intake import limits_of, serve_request
+from cluster.gateway.status import abort
+from cluster.rpc.sluice.v1 import inference_pb2
+from cluster.types import ReplicaInfo, ReplicaSnapshot
+
+logger = logging.getLogger(__name__)
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceServicer:
+    """Serves clients; every method ends with an answer or a status with details."""
+
+    def __init__(self, parts: GatewayParts) -> None:
+        self._parts = parts
+
+    async def GenerateStream(
+        self, request: inference_pb2.GenerateStreamRequest, context: _Context
+    ) -> None:
+        """Answer with events."""
+        message = request.request
+        call = ClientCall(self._request_id(message), _remaining(context), context.write)
+        async with self._ending(context, call.request_id):
+            await serve_request(self._parts, message, call)
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: _Context
+    ) -> inference_pb2.GenerateResponse:
+        """Answer with the whole completion."""
+        response = inference_pb2.GenerateResponse(request_id=self._request_id(request))
+        pieces: list[str] = []
+
+        async def collect(event: inference_pb2.GenerateStreamResponse) -> None:
+            if event.HasField("delta"):
+                pieces.append(event.delta.text)
+                response.token_ids.extend(event.delta.token_ids)
+                response.logprobs.extend(event.delta.logprobs)
+            elif event.HasField("finished"):
+                response.finish_reason = event.finished.finish_reason
+                response.usage.CopyFrom(event.finished.usage)
+                response.timings.CopyFrom(event.finished.timings)
+
+        call = ClientCall(response.request_id, _remaining(context), collect)
+        async with self._ending(context, call.request_id):
+            await serve_request(self._parts, request, call)
+        response.text = "".join(pieces)
+        return response
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: _Context
+    ) -> inference_pb2.TokenizeResponse:
+        """Answer with the token ids of a text."""
+        async with self._ending(context, "-"):
+            limits = limits_of(self._parts)
+            validation.check_model(request.model, limits)
+            if not request.text:
+                raise InvalidArgumentError(
+                    "text is empty: give at least one character", field="text"
+                )
+            token_ids = await self._parts.tokenizer.encode(request.text)
+        return inference_pb2.TokenizeResponse(
+            token_ids=token_ids, max_model_len=limits.max_model_len
+        )
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: _Context
+    ) -> inference_pb2.ListModelsResponse:
+        """Answer with the one model of this cluster."""
+        limits = limits_of(self._parts)
+        model = inference_pb2.Model(
+            name=limits.model, max_model_len=limits.max_model_len, vocab_size=limits.vocab_size
+        )
+        return inference_pb2.ListModelsResponse(models=[model])
+
+    async def ClusterStatus(
+        self, request: inference_pb2.ClusterStatusRequest, context: _Context
+    ) -> inference_pb2.ClusterStatusResponse:
+        """Answer with what this gateway knows of the replica groups."""
+        fleet, admission = self._parts.fleet, self._parts.admission
+        known = {snapshot.info.replica_id: snapshot for snapshot in fleet.table.snapshots()}
+        return inference_pb2.ClusterStatusResponse(
+            replicas=[
+                _replica_status(
+                    link.info,
+                    known.get(link.info.replica_id),
+                    fleet.index.num_blocks(link.info.replica_id),
+                )
+                for link in fleet.links
+            ],
+            num_queued=admission.num_queued,
+            num_inflight=admission.num_inflight - admission.num_queued,
+            gateway_id=self._parts.gateway_id,
+        )
+
+    def _request_id(self, message: inference_pb2.GenerateRequest) -> str:
+        return message.request_id or uuid.UUID(int=self._parts.rng.getrandbits(128)).hex
+
+    @asynccontextmanager
+    async def _ending(self, context: _Context, request_id: str) -> AsyncIterator[None]:
+        """Turn an exception into a status, and count how the call ended."""
+        count = self._parts.metrics.requests
+        try:
+            yield
+            count.labels("OK").inc()
+        except asyncio.CancelledError:
+            count.labels("CANCELLED").inc()
+            raise
+        except SluiceError as error:
+            count.labels(error.code).inc()
+            logger.info("request %.130r ended: %s", request_id, error.code)
+            await abort(context, error)
+        except Exception:
+            count.labels("INTERNAL").inc()
+            logger.exception("request %.130r failed", request_id)
+            await abort(
+                context, SluiceError(f"internal error, see the gateway's log for {request_id!r}")
+            )
+
+
+def _remaining(context: _Context) -> Any:
+    def remaining_s() -> float | None:
+        seconds: float | None = context.time_remaining()
+        return None if seconds is None or math.isinf(seconds) else seconds
+
+    return remaining_s
+
+
+def _replica_status(
+    info: ReplicaInfo, snapshot: ReplicaSnapshot | None, num_indexed_blocks: int
+) -> inference_pb2.ReplicaStatus:
+    status = inference_pb2.ReplicaStatus(
+        replica_id=info.replica_id,
+        state=inference_pb2.REPLICA_STATE_CONNECTING,
+        model=info.model,
+        tp=info.tp,
+        pp=info.pp,
+        num_indexed_blocks=num_indexed_blocks,
+        leader_pid=info.pid,
+        address=info.address,
+    )
+    if snapshot is not None:
+        load = snapshot.load
+        status.state = (
+            inference_pb2.REPLICA_STATE_DRAINING
+            if load.is_draining
+            else inference_pb2.REPLICA_STATE_READY
+        )
+        status.num_blocks = load.num_blocks
+        status.num_free_blocks = load.num_free_blocks
+        status.num_running = load.num_running
+        status.num_waiting = load.num_waiting
+        status.num_prefix_query_tokens = load.num_prefix_query_tokens
+        status.num_prefix_hit_tokens = load.num_prefix_hit_tokens
+        status.num_generated_tokens = load.num_generated_tokens
+    return status

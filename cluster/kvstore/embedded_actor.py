@@ -1,0 +1,136 @@
+"""The embedded store as a named Ray actor, and the `Store` that talks to it.
+
+One actor per store namespace, whoever comes first creates it. It is detached: a gateway or a leader
+that happened to create it may die without taking it along, so `sluice serve` deletes it at its end.
+A restarted actor is empty, which a store may be at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import PendingCallsLimitExceeded, RayError, RayTaskError
+
+from cluster.clock import WallClock
+from cluster.config import StoreConfig
+from cluster.errors import UnavailableError
+from cluster.kvstore.embedded import EmbeddedStore
+
+RAY_NAMESPACE = "sluice"
+MAX_PENDING_CALLS = 1000  # per client; more are refused at once
+
+
+def get_or_create_actor(config: StoreConfig) -> Any:
+    """Return a handle of the actor of `config.namespace`, which may still be starting.
+
+    An actor that exists keeps the configuration that it was created with.
+    """
+    return (
+        ray.remote(EmbeddedStore)
+        .options(
+            name=_actor_name(config.namespace),
+            namespace=RAY_NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            max_concurrency=MAX_PENDING_CALLS,
+            max_pending_calls=MAX_PENDING_CALLS,
+        )
+        .remote(config, WallClock())
+    )
+
+
+def delete_actor(namespace: str) -> None:
+    """End the actor of a store namespace, with all that it holds; none is fine."""
+    try:
+        actor = ray.get_actor(_actor_name(namespace), namespace=RAY_NAMESPACE)
+    except ValueError:
+        return
+    ray.kill(actor, no_restart=True)
+
+
+def _actor_name(namespace: str) -> str:
+    return f"store-{namespace}"
+
+
+class EmbeddedStoreClient:
+    """The `Store` protocol over an actor.
+
+    Args:
+        actor: Handle of `get_or_create_actor`.
+        timeout_s: Deadline of one call.
+    """
+
+    def __init__(self, actor: Any, timeout_s: float) -> None:
+        self._actor = actor
+        self._timeout_s = timeout_s
+
+    async def put_lease(self, kind: str, key: str, value: bytes, ttl_s: float) -> None:
+        """Make `key` present for `ttl_s` seconds, with `value`; renews and replaces."""
+        await self._call("put_lease", kind, key, value, ttl_s)
+
+    async def drop_lease(self, kind: str, key: str) -> None:
+        """Make `key` absent now; absent already is fine."""
+        await self._call("drop_lease", kind, key)
+
+    async def list_leases(self, kind: str) -> dict[str, bytes]:
+        """Return the live leases of a kind, ordered by key."""
+        leases: dict[str, bytes] = await self._call("list_leases", kind)
+        return leases
+
+    async def put_blocks(self, blocks: Mapping[bytes, bytes]) -> int:
+        """Write blocks, oldest given first; return how many of them are stored now."""
+        return int(await self._call("put_blocks", dict(blocks)))
+
+    async def get_blocks(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the bytes of each block and mark it as used; None where it is missing."""
+        found: list[bytes | None] = await self._call("get_blocks", list(keys))
+        return found
+
+    async def has_blocks(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return which blocks are present, without touching their recency."""
+        found: list[bool] = await self._call("has_blocks", list(keys))
+        return found
+
+    async def append_journal(self, key: str, entries: Sequence[bytes]) -> int:
+        """Append entries in order; return the journal's length after it. Renews its TTL."""
+        return int(await self._call("append_journal", key, list(entries)))
+
+    async def read_journal(self, key: str, start: int = 0) -> list[bytes]:
+        """Return the entries from index `start` (>= 0) on; empty where there are none."""
+        entries: list[bytes] = await self._call("read_journal", key, start)
+        return entries
+
+    async def drop_journal(self, key: str) -> None:
+        """Delete a journal; absent already is fine."""
+        await self._call("drop_journal", key)
+
+    async def ping(self) -> None:
+        """Return if the actor answers."""
+        await self._call("ping")
+
+    async def close(self) -> None:
+        """Do nothing: the actor belongs to the cluster."""
+
+    async def _call(self, method: str, *arguments: object) -> Any:
+        """Call the actor.
+
+        Raises:
+            UnavailableError: It did not answer in time, is starting, restarting, or gone.
+        """
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await getattr(self._actor, method).remote(*arguments)
+        except TimeoutError:
+            problem = f"no answer within store.timeout_s={self._timeout_s:g}"
+        except RayTaskError:  # a bug or a refusal of the store itself
+            raise
+        except PendingCallsLimitExceeded:
+            problem = f"{MAX_PENDING_CALLS} calls are waiting for it"
+        except RayError as error:
+            problem = f"{type(error).__name__}, it restarts by itself unless it was deleted"
+        raise UnavailableError(f"embedded store, {method}: {problem}")

@@ -1,0 +1,141 @@
+"""What the tensor-parallel ranks of one stage do together.
+
+DeepSpeed's operator for the CPU goes through shared memory; it reduces over the whole default
+process group and ignores any other. So the ranks of one stage, and nobody else, are that group, and
+every stage on a host has a port of its own: the shared memory is named after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import sysconfig
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Collective(Protocol):
+    """The tensor-parallel ranks of one stage; every rank makes the same calls in the same order."""
+
+    def all_reduce_(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over the ranks."""
+        ...
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the ranks' tensors joined along the last dim, in the order of the ranks."""
+        ...
+
+
+class NoCollective:
+    """One rank: everything is here already."""
+
+    def all_reduce_(self, tensor: Tensor) -> None:
+        """Leave `tensor` as it is."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return `tensor`."""
+        return tensor
+
+
+class DeepSpeedCollective:
+    """Collectives of `deepspeed.comm`: shared memory on a CPU host, NCCL on GPUs.
+
+    A dead rank leaves the others waiting for ever: whoever started them has to end them.
+    """
+
+    def __init__(self, comm: Any, tp: int) -> None:
+        self._comm = comm
+        self._tp = tp
+
+    def all_reduce_(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over the ranks; it must be contiguous."""
+        assert tensor.is_contiguous(), tensor.stride()
+        self._comm.inference_all_reduce(tensor)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the ranks' tensors joined along the last dim."""
+        parts = [torch.empty_like(tensor) for _ in range(self._tp)]
+        self._comm.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts, dim=-1)
+
+
+def check_compiler() -> None:
+    """Return if this machine can build DeepSpeed's operator for the CPU.
+
+    Raises:
+        ConfigError: There is no C++ compiler.
+    """
+    if shutil.which("g++") is None:
+        raise ConfigError(
+            "parallel.tp: g++ not found: tensor parallelism on CPUs compiles DeepSpeed's "
+            "shared-memory operator at first use; install g++ (apt-get install g++) or use "
+            "parallel.tp=1",
+            field="parallel.tp",
+        )
+
+
+def init_tensor_parallel(
+    tp_rank: int,
+    tp: int,
+    master_port: int,
+    *,
+    master_address: str = "127.0.0.1",
+    device: str = "cpu",
+    timeout_s: float = 300.0,
+) -> Collective:
+    """Join the tensor-parallel ranks of one stage and return their collective.
+
+    Once per process: it sets environment variables and torch's default process group. The first
+    call on a machine compiles for about 20 s.
+
+    Args:
+        tp_rank: [0, tp).
+        tp: Number of ranks; 1 needs no others and returns at once.
+        master_port: Free port on rank 0's host, a different one for every stage on it.
+        master_address: Of rank 0's host.
+        device: "cpu" or "cuda".
+        timeout_s: For all ranks to arrive, seconds.
+
+    Raises:
+        ConfigError: There is no C++ compiler.
+    """
+    if tp == 1:
+        return NoCollective()
+    if device == "cpu":
+        check_compiler()
+    os.environ.update(
+        RANK=str(tp_rank),
+        LOCAL_RANK=str(tp_rank),
+        WORLD_SIZE=str(tp),
+        LOCAL_SIZE=str(tp),  # without it DeepSpeed ends in a segmentation fault
+        MASTER_ADDR=master_address,
+        MASTER_PORT=str(master_port),
+        DS_ACCELERATOR=device,
+    )
+    # ninja comes as a package: its command may lie only beside this interpreter.
+    scripts = sysconfig.get_path("scripts")
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs, ours is the standard output
+        import deepspeed.comm as comm
+
+        comm.init_distributed(
+            dist_backend="gloo" if device == "cpu" else "nccl",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
+            rank=tp_rank,
+            world_size=tp,
+        )
+    logger.info("tensor parallel: rank %d of %d through deepspeed.comm", tp_rank, tp)
+    return DeepSpeedCollective(comm, tp)

@@ -1,0 +1,146 @@
+"""Messages between a leader and its workers: msgpack over an authenticated local or TCP socket.
+
+The socket is what tells a death: the kernel closes it in the moment in which a process ends,
+however it ends. Nothing that arrives is unpickled.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
+
+import msgpack
+
+from cluster.errors import UnavailableError
+
+MAX_MESSAGE_BYTES = 64 * 2**20  # a step plan of a full batch is far below this
+
+
+class Channel:
+    """One end of a connection: sends and receives tuples of plain data, in order."""
+
+    def __init__(self, connection: Connection, *, send_timeout_s: float) -> None:
+        self._connection = connection
+        _set_send_timeout(connection.fileno(), send_timeout_s)
+
+    def fileno(self) -> int:
+        """Return the descriptor, so that `multiprocessing.connection.wait` takes a channel."""
+        return self._connection.fileno()
+
+    def send(self, kind: str, *values: Any) -> None:
+        """Send one message.
+
+        Raises:
+            UnavailableError: The peer is gone, or has not read for the send timeout.
+        """
+        try:
+            self._connection.send_bytes(msgpack.packb((kind, *values)))
+        except OSError as error:
+            raise UnavailableError(f"the connection is lost: {error}") from error
+
+    def receive(self) -> tuple[Any, ...]:
+        """Return the next message; blocks until there is one.
+
+        Raises:
+            UnavailableError: The peer is gone, or sent what is no message.
+        """
+        try:
+            message = msgpack.unpackb(
+                self._connection.recv_bytes(MAX_MESSAGE_BYTES), use_list=False
+            )
+        except (EOFError, OSError, ValueError) as error:
+            raise UnavailableError("the connection is lost") from error
+        assert isinstance(message, tuple)
+        return message
+
+    def close(self) -> None:
+        """Close the socket; the peer notices at once."""
+        self._connection.close()
+
+
+class ChannelListener:
+    """The leader's side: waits for its workers to call.
+
+    Args:
+        host: Address to listen on.
+        num_workers: How many will call.
+    """
+
+    def __init__(self, host: str, num_workers: int) -> None:
+        self.auth_key = secrets.token_bytes(32)
+        self._listener = Listener((host, 0), backlog=num_workers, authkey=self.auth_key)
+        self._num_workers = num_workers
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port that workers call."""
+        host, port = self._listener.address
+        return str(host), int(port)
+
+    def accept_all(
+        self, *, send_timeout_s: float, on_ready: Callable[[int, dict[str, Any]], None]
+    ) -> list[Channel]:
+        """Return one channel per worker, by index, when each has said that it is ready.
+
+        A worker's first message is ``("ready", index, facts)``. Blocks; `close` from another thread
+        ends the wait.
+
+        Raises:
+            UnavailableError: The listener was closed, or a worker failed while it started.
+        """
+        channels: dict[int, Channel] = {}
+        while len(channels) < self._num_workers:
+            try:
+                connection = self._listener.accept()
+            except OSError as error:
+                raise UnavailableError("workers did not start") from error
+            except Exception:
+                continue
+            channel = Channel(connection, send_timeout_s=send_timeout_s)
+            kind, index, facts = channel.receive()
+            if kind != "ready":
+                raise UnavailableError(f"worker {index}: {facts}")
+            channels[index] = channel
+            on_ready(index, facts)
+        return [channels[index] for index in range(self._num_workers)]
+
+    def close(self) -> None:
+        """Stop listening."""
+        # accept() in another thread sleeps through a close; a call wakes it up
+        threading.Thread(target=_knock, args=(self.address,), daemon=True).start()
+        self._listener.close()
+
+
+def connect(address: tuple[str, int], auth_key: bytes, *, send_timeout_s: float) -> Channel:
+    """Return a worker's channel to its leader.
+
+    Raises:
+        UnavailableError: Nobody listens there, or not with this key.
+    """
+    try:
+        connection = Client(tuple(address), authkey=auth_key)
+    except Exception as error:
+        raise UnavailableError(f"leader at {address[0]}:{address[1]}: {error}") from error
+    return Channel(connection, send_timeout_s=send_timeout_s)
+
+
+def _knock(address: tuple[str, int]) -> None:
+    try:
+        socket.create_connection(address, timeout=1.0).close()
+    except OSError:
+        return
+
+
+def _set_send_timeout(descriptor: int, timeout_s: float) -> None:
+    seconds = int(timeout_s)
+    microseconds = int((timeout_s - seconds) * 1e6)
+    with socket.socket(fileno=socket.dup(descriptor)) as twin:  # options belong to the socket
+        twin.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", seconds, microseconds)
+        )
+        twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

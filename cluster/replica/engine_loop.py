@@ -1,0 +1,135 @@
+"""An engine in a thread of its own: commands in, updates out.
+
+The engine is not thread-safe and need not be: only this thread touches it. Commands wait in one
+bounded queue and are taken between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cluster.engine.engine import Engine
+from cluster.errors import OverloadedError, SluiceError
+from cluster.types import EngineOutput, EngineRequest, ReplicaLoad
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineUpdate:
+    """What changed since the update before."""
+
+    outputs: list[EngineOutput] = field(default_factory=list)
+    added_blocks: list[bytes] = field(default_factory=list)  # hashes now in the prefix cache
+    removed_blocks: list[bytes] = field(default_factory=list)  # hashes no longer there
+    load: ReplicaLoad | None = None  # where it is time to tell it
+
+
+class EngineLoop:
+    """Steps an engine for as long as there is work.
+
+    Args:
+        engine: Belongs to the loop from `start` on.
+        publish: Called in the loop's thread with every update; must not block.
+        fail: Called in the loop's thread when the engine cannot go on, after the last update.
+        load_interval_s: Between two load reports.
+        max_commands: Bound of the queue.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        publish: Callable[[EngineUpdate], None],
+        fail: Callable[[str], None],
+        load_interval_s: float,
+        max_commands: int,
+    ) -> None:
+        self._engine = engine
+        self._publish = publish
+        self._fail = fail
+        self._load_interval_s = load_interval_s
+        self._max_commands = max_commands
+        self._commands: deque[EngineRequest | str] = deque()  # a request, or an id to abort
+        self._wakeup = threading.Condition()
+        self._is_stopping = False
+        self._load_due_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._thread.start()
+
+    def submit(self, request: EngineRequest) -> None:
+        """Hand a request to the engine; what becomes of it arrives in updates.
+
+        Raises:
+            OverloadedError: The queue is full.
+        """
+        with self._wakeup:
+            if len(self._commands) >= self._max_commands:
+                raise OverloadedError(
+                    f"{len(self._commands)} requests wait for the engine, "
+                    f"limit={self._max_commands}: try again later"
+                )
+            self._commands.append(request)
+            self._wakeup.notify()
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its blocks are free before the next step. Unknown ids are fine."""
+        with self._wakeup:
+            self._commands.append(request_id)  # no more of these than of requests
+            self._wakeup.notify()
+
+    def stop(self, timeout_s: float) -> None:
+        """Let the present step finish, then end the thread."""
+        with self._wakeup:
+            self._is_stopping = True
+            self._wakeup.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._turn()
+        except Exception as error:  # the group has failed: everybody has to hear of it
+            logger.exception("the engine failed")
+            reason = str(error) if isinstance(error, SluiceError) else repr(error)
+            self._publish(EngineUpdate(self._engine.abort_all(f"UNAVAILABLE: {reason}")))
+            self._fail(reason)
+
+    def _turn(self) -> None:
+        outputs = [output for command in self._take() if (output := self._apply(command))]
+        outputs += self._engine.step()
+        added, removed = self._engine.take_block_events()
+        load = None
+        now_s = time.monotonic()
+        if now_s >= self._load_due_s:
+            load = self._engine.load()
+            self._load_due_s = now_s + self._load_interval_s
+        if outputs or added or removed or load is not None:
+            self._publish(EngineUpdate(outputs, added, removed, load))
+
+    def _take(self) -> list[EngineRequest | str]:
+        with self._wakeup:
+            if not self._commands and not self._engine.has_work:
+                self._wakeup.wait(self._load_interval_s)
+            commands = list(self._commands)
+            self._commands.clear()
+        return commands
+
+    def _apply(self, command: EngineRequest | str) -> EngineOutput | None:
+        if isinstance(command, str):
+            self._engine.abort(command)
+            return None
+        try:
+            self._engine.add(command)
+        except SluiceError as error:
+            return EngineOutput(command.request_id, error=f"{error.code}: {error}")
+        return None

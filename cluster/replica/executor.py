@@ -1,0 +1,117 @@
+"""Who computes the steps: the leader's own process, or a group of workers."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING
+
+from cluster.errors import UnavailableError
+from cluster.replica.channel import Channel
+from cluster.step import StepPlan, StepResult
+
+if TYPE_CHECKING:  # a leader of worker processes needs no torch
+    from cluster.model.runner import ModelRunner
+
+
+class InProcessExecutor:
+    """Runs the whole model where the engine runs."""
+
+    max_in_flight = 1
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._plans: deque[StepPlan] = deque()
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of the model runner."""
+        return self._runner.num_blocks
+
+    def submit(self, plan: StepPlan) -> None:
+        """Remember the plan; `collect` computes it."""
+        self._plans.append(plan)
+
+    def collect(self, timeout_s: float) -> StepResult:
+        """Compute and return the oldest plan; cannot be interrupted by the timeout."""
+        plan = self._plans.popleft()
+        start_s = time.perf_counter()
+        tokens = self._runner.execute(plan, None)
+        assert isinstance(tokens, dict), "a whole model ends in tokens"
+        return StepResult(plan.step_id, tokens, time.perf_counter() - start_s)
+
+    def shutdown(self) -> None:
+        """Forget what was submitted."""
+        self._plans.clear()
+
+
+class GroupExecutor:
+    """Sends every plan to all workers of a group; the last stage answers.
+
+    Args:
+        channels: To the workers, by index.
+        num_blocks: KV blocks that every worker holds.
+        num_stages: Pipeline stages: how many steps can be on their way.
+    """
+
+    def __init__(self, channels: Sequence[Channel], *, num_blocks: int, num_stages: int) -> None:
+        self._channels = list(channels)
+        self._results: deque[StepResult] = deque()
+        self._started_s: deque[float] = deque()  # of the steps on their way
+        self.num_blocks = num_blocks
+        self.max_in_flight = num_stages
+
+    def submit(self, plan: StepPlan) -> None:
+        """Send the plan to every worker.
+
+        Raises:
+            UnavailableError: A worker is gone.
+        """
+        data = plan.encode()
+        self._started_s.append(time.perf_counter())
+        for index, channel in enumerate(self._channels):
+            try:
+                channel.send("plan", data)
+            except UnavailableError as error:
+                raise UnavailableError(f"worker {index} is gone: {error}") from error
+
+    def collect(self, timeout_s: float) -> StepResult:
+        """Wait for the oldest step.
+
+        Raises:
+            UnavailableError: A worker is gone, failed, or the step took too long.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while not self._results:
+            ready = wait(self._channels, timeout=max(0.0, deadline_s - time.monotonic()))
+            if not ready:
+                raise UnavailableError(
+                    f"step took longer than engine.step_timeout_s={timeout_s:g}: a worker hangs"
+                )
+            for channel in ready:
+                assert isinstance(channel, Channel)
+                self._read(channel)
+        return self._results.popleft()
+
+    def _read(self, channel: Channel) -> None:
+        index = self._channels.index(channel)
+        try:
+            kind, value = channel.receive()
+        except UnavailableError as error:
+            raise UnavailableError(f"worker {index} is gone") from error
+        if kind == "error":
+            raise UnavailableError(f"worker {index} failed: {value}")
+        assert kind == "result", kind
+        elapsed_s = time.perf_counter() - self._started_s.popleft()
+        self._results.append(replace(StepResult.decode(value), elapsed_s=elapsed_s))
+
+    def shutdown(self) -> None:
+        """Close every channel: a worker ends when its leader is gone."""
+        for channel in self._channels:
+            with contextlib.suppress(UnavailableError):
+                channel.send("stop")
+            channel.close()

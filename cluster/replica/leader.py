@@ -1,0 +1,202 @@
+"""The leader of a replica group: engine, internal service, lease, life and death.
+
+Free of Ray: `ray_actors.py` puts one into each Serve replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+
+import grpc
+
+from cluster.clock import WallClock
+from cluster.config import ClusterConfig
+from cluster.engine.engine import Engine
+from cluster.engine.executor import Executor
+from cluster.errors import SluiceError, UnavailableError
+from cluster.kvstore.registry import Registry
+from cluster.kvstore.store import Store
+from cluster.model.checkpoint import ModelInfo, fingerprint
+from cluster.replica.engine_loop import EngineLoop, EngineUpdate
+from cluster.replica.group import GroupLifecycle, GroupState
+from cluster.replica.service import EngineServicer
+from cluster.rpc.sluice.internal.v1 import engine_pb2_grpc
+from cluster.types import ReplicaInfo, ReplicaLoad
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.1
+FLUSH_S = 0.2  # for the last outputs to reach the gateways before the process ends
+
+
+class Leader:
+    """Runs one replica group from ready to its end.
+
+    Args:
+        config: Of the cluster.
+        model: What the checkpoint says.
+        executor: Computes the steps; belongs to the leader.
+        store: Where the group registers.
+        replica_id: New after every restart.
+        on_end: Called once when the group is over, with the reason of a failure or "".
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        *,
+        model: ModelInfo,
+        executor: Executor,
+        store: Store,
+        replica_id: str,
+        node_id: str,
+        on_end: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._executor = executor
+        self._registry = Registry(store)
+        self._replica_id = replica_id
+        self._node_id = node_id
+        self._on_end = on_end
+        self._load = ReplicaLoad()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_over = asyncio.Event()
+        self.lifecycle = GroupLifecycle(
+            config.parallel.world_size,
+            start_timeout_s=config.replica.start_timeout_s,
+            drain_timeout_s=config.replica.drain_timeout_s,
+            clock=WallClock(),
+        )
+        self._servicer = EngineServicer(on_drain=self.drain)
+        self._server = grpc.aio.server(
+            options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 2**20)]
+        )
+
+    @property
+    def load(self) -> ReplicaLoad:
+        """The newest load report."""
+        return self._load
+
+    async def start(self) -> ReplicaInfo:
+        """Serve; returns what was registered. All workers are ready when this is called."""
+        for index in range(self._config.parallel.world_size):
+            self.lifecycle.worker_ready(index)
+        self._loop = self._make_loop()
+        engine_pb2_grpc.add_EngineServicer_to_server(self._servicer, self._server)
+        port = self._server.add_insecure_port(f"{self._config.replica.host}:0")
+        await self._server.start()
+        self._servicer.serve(self._loop)
+        self._loop.start()
+        self.info = self._describe(port)
+        self._tasks = [
+            asyncio.create_task(self._keep_lease()),
+            asyncio.create_task(self._keep_time()),
+        ]
+        return self.info
+
+    def _make_loop(self) -> EngineLoop:
+        config = self._config
+        self._fingerprint = fingerprint(config.model.folder, config.model.dtype, config.parallel.tp)
+        engine = Engine(
+            config.engine,
+            executor=self._executor,
+            block_size=config.cache.block_size,
+            max_model_len=config.model.max_model_len or self._model.max_model_len,
+            fingerprint=self._fingerprint,
+            eos_token_ids=frozenset(self._model.eos_token_ids),
+            vocab_size=self._model.vocab_size,
+            prefix_caching=config.cache.prefix_caching,
+            clock=WallClock(),
+        )
+        main = asyncio.get_running_loop()
+        return EngineLoop(
+            engine,
+            publish=lambda update: main.call_soon_threadsafe(self._apply, update),
+            fail=lambda reason: main.call_soon_threadsafe(self.fail, reason),
+            load_interval_s=config.replica.load_interval_s,
+            max_commands=config.engine.max_num_waiting,
+        )
+
+    def _describe(self, port: int) -> ReplicaInfo:
+        config = self._config
+        return ReplicaInfo(
+            replica_id=self._replica_id,
+            address=f"{config.replica.host}:{port}",
+            model=config.model.served_name,
+            fingerprint=self._fingerprint.hex(),
+            tp=config.parallel.tp,
+            pp=config.parallel.pp,
+            block_size=config.cache.block_size,
+            max_model_len=config.model.max_model_len or self._model.max_model_len,
+            pid=os.getpid(),
+            node_id=self._node_id,
+        )
+
+    def drain(self) -> None:
+        """Refuse new requests; the group stops when the present ones are done or late."""
+        self.lifecycle.drain()
+        self._servicer.refuse("UNAVAILABLE: the replica drains")
+
+    def fail(self, reason: str) -> None:
+        """The group has failed: end its requests, tell the owner."""
+        self.lifecycle.fail(reason)
+        error = f"UNAVAILABLE: replica {self._replica_id} failed: {reason}"
+        self._servicer.refuse(error)
+        self._servicer.fail_all(error)
+
+    def check_health(self) -> None:
+        """Raise where the group is over.
+
+        Raises:
+            UnavailableError: With the reason.
+        """
+        if self.lifecycle.is_over:
+            raise UnavailableError(f"the group is over: {self.lifecycle.reason or 'stopped'}")
+
+    async def wait_drained(self) -> None:
+        """Return when no request is left, or the drain's time is over."""
+        await self._is_over.wait()
+
+    async def stop(self) -> None:
+        """End everything that `start` began, and the executor."""
+        for task in self._tasks:
+            task.cancel()
+        self._loop.stop(timeout_s=5.0)
+        try:
+            await self._registry.unregister(self._replica_id)
+        except SluiceError as error:
+            logger.warning("lease not dropped, it expires by itself: %s", error)
+        await self._server.stop(grace=FLUSH_S)
+        self._executor.shutdown()
+
+    def _apply(self, update: EngineUpdate) -> None:
+        self._load = update.load or self._load
+        self._servicer.apply(update)
+
+    async def _keep_lease(self) -> None:
+        is_known = False
+        ttl_s = self._config.replica.lease_ttl_s
+        while True:
+            try:
+                await self._registry.register(self.info, ttl_s)
+                if not is_known:
+                    logger.info("replica %s registered at %s", self._replica_id, self.info.address)
+                is_known = True
+            except SluiceError as error:
+                if is_known:
+                    logger.warning("lease not renewed: %s", error)
+                is_known = False
+            await asyncio.sleep(ttl_s / 4)
+
+    async def _keep_time(self) -> None:
+        while not self.lifecycle.is_over:
+            self.lifecycle.tick(self._servicer.num_requests)
+            await asyncio.sleep(TICK_S)
+        self._is_over.set()
+        if self.lifecycle.state is GroupState.FAILED:
+            await asyncio.sleep(FLUSH_S)
+            self._on_end(self.lifecycle.reason)

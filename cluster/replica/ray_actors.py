@@ -1,0 +1,258 @@
+"""All calls to Ray that make and end a replica group.
+
+One Serve replica is one group: Serve reserves the placement group, runs the leader in its first
+bundle and builds the whole anew when the leader ends. Workers are children of the leader without
+restarts: they die with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.util import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.config import ClusterConfig, parse_config
+from cluster.engine.executor import Executor
+from cluster.errors import UnavailableError
+from cluster.kvstore.open import open_store
+from cluster.model.checkpoint import ModelInfo, inspect_checkpoint
+from cluster.model.collective import NoCollective
+from cluster.model.runner import ModelRunner, ShardSpec, num_blocks_for
+from cluster.replica.channel import ChannelListener
+from cluster.replica.executor import GroupExecutor, InProcessExecutor
+from cluster.replica.leader import Leader
+from cluster.replica.placement import bundles, leader_num_cpus, threads_per_worker
+from cluster.replica.worker import WorkerSpec, run_worker
+
+logger = logging.getLogger(__name__)
+
+STOP_MARGIN_S = 10.0  # beyond the drain's time, to end the processes
+
+
+class WorkerActor:
+    """The process of one rank."""
+
+    def endpoint(self) -> tuple[str, int]:
+        """Return this node's address and a free port on it."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, int(probe.getsockname()[1])
+
+    def run(self, spec: WorkerSpec) -> None:
+        """Work until the leader ends it."""
+        logging.basicConfig(level=logging.INFO)
+        run_worker(spec)
+
+
+class ReplicaGroup:
+    """The Serve deployment: one replica of it is one group."""
+
+    async def __init__(self, config: dict[str, Any]) -> None:
+        self._config = parse_config(config)
+        self._workers: list[Any] = []
+        self._watchers: list[asyncio.Task[None]] = []
+        self._leader: Leader | None = None
+        context = serve.get_replica_context()
+        model = inspect_checkpoint(self._config.model.folder)
+        executor = await self._make_executor(model)
+        self._store = open_store(self._config.store)
+        self._leader = Leader(
+            self._config,
+            model=model,
+            executor=executor,
+            store=self._store,
+            replica_id=context.replica_id.unique_id,
+            node_id=ray.get_runtime_context().get_node_id(),
+            on_end=self._end,
+        )
+        self.info = await self._leader.start()
+
+    async def _make_executor(self, model: ModelInfo) -> Executor:
+        config = self._config
+        scaling = config.replica.autoscaling
+        num_groups = scaling.max_replicas if scaling else config.replica.num_replicas
+        num_threads = threads_per_worker(config.parallel, os.cpu_count() or 1, num_groups)
+        parallel = config.parallel
+        num_blocks = num_blocks_for(
+            model, config.cache, config.model.dtype, parallel.tp, parallel.pp
+        )
+        max_model_len = config.model.max_model_len or model.max_model_len
+        if parallel.world_size == 1:
+            return await asyncio.to_thread(
+                _load_in_process, config, num_blocks, max_model_len, num_threads
+            )
+        spec = WorkerSpec(
+            index=0,
+            config=config.model_dump(),
+            leader_address=("", 0),
+            auth_key=b"",
+            stage_port=0,
+            pipeline_address=("", 0),
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            num_threads=num_threads,
+        )
+        return await self._start_workers(spec)
+
+    async def _start_workers(self, template: WorkerSpec) -> GroupExecutor:
+        parallel = self._config.parallel
+        group = get_current_placement_group()
+        if group is None:
+            raise UnavailableError("no placement group: deploy through cluster.gateway.app:build")
+        actor = ray.remote(max_restarts=0, max_task_retries=0)(WorkerActor)
+        for index in range(parallel.world_size):
+            strategy = PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=index + 1
+            )
+            resources = (bundles(parallel) or [])[index + 1]
+            self._workers.append(
+                actor.options(
+                    num_cpus=resources["CPU"],
+                    num_gpus=resources.get("GPU", 0),
+                    scheduling_strategy=strategy,
+                ).remote()
+            )
+        timeout_s = self._config.replica.start_timeout_s
+        endpoints = await asyncio.wait_for(
+            asyncio.gather(*(worker.endpoint.remote() for worker in self._workers)), timeout_s
+        )
+        listener = ChannelListener(ray.util.get_node_ip_address(), parallel.world_size)
+        refs = [
+            worker.run.remote(
+                replace(
+                    template,
+                    index=index,
+                    leader_address=listener.address,
+                    auth_key=listener.auth_key,
+                    stage_port=endpoints[index - index % parallel.tp][1],
+                    pipeline_address=(
+                        (endpoints[0][0], endpoints[0][1])
+                        if parallel.tp == 1
+                        else (endpoints[1][0], endpoints[1][1])
+                    ),
+                )
+            )
+            for index, worker in enumerate(self._workers)
+        ]
+        self._watchers = [
+            asyncio.create_task(self._watch(index, ref)) for index, ref in enumerate(refs)
+        ]
+        accepting = asyncio.create_task(
+            asyncio.to_thread(
+                listener.accept_all,
+                send_timeout_s=self._config.engine.step_timeout_s,
+                on_ready=lambda index, facts: logger.info("worker %d is ready: %s", index, facts),
+            )
+        )
+        done, _ = await asyncio.wait(
+            [accepting, *self._watchers], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        listener.close()
+        if accepting not in done:
+            with contextlib.suppress(UnavailableError):
+                await accepting
+            raise UnavailableError(
+                f"workers were not ready after replica.start_timeout_s={timeout_s:g}, or one died"
+            )
+        return GroupExecutor(
+            accepting.result(), num_blocks=template.num_blocks, num_stages=parallel.pp
+        )
+
+    async def _watch(self, index: int, ref: Any) -> None:
+        """Wait for a worker to end: while the group lives that is its death."""
+        reason = "ended"
+        try:
+            await ref
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1] if str(error) else repr(error)
+            logger.error("worker %d: %s", index, error)
+        if self._leader is not None and not self._leader.lifecycle.is_over:
+            self._leader.lifecycle.worker_lost(index, reason)
+            self._leader.fail(reason)
+
+    def _end(self, reason: str) -> None:
+        # Serve rebuilds the group when this process is gone; Ray ends the workers with their owner
+        logger.error("the group failed: %s", reason)
+        os._exit(1)
+
+    def check_health(self) -> None:
+        """Tell Serve whether the group lives."""
+        if self._leader is not None:
+            self._leader.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Serve the load, for the autoscaling policy."""
+        load = self._leader.load if self._leader is not None else None
+        return {"load": float(load.num_running + load.num_waiting) if load else 0.0}
+
+    async def __del__(self) -> None:
+        """Drain, then end: Serve calls this on scale-down, upgrade and shutdown."""
+        if self._leader is None:
+            return
+        self._leader.drain()
+        await self._leader.wait_drained()
+        for watcher in self._watchers:
+            watcher.cancel()
+        await self._leader.stop()
+        for worker in self._workers:
+            ray.kill(worker)
+        await self._store.close()
+
+
+def _load_in_process(
+    config: ClusterConfig, num_blocks: int, max_model_len: int, num_threads: int
+) -> InProcessExecutor:
+    import torch
+
+    torch.set_num_threads(num_threads)
+    runner = ModelRunner(
+        config.model,
+        config.cache,
+        ShardSpec(tp_rank=0, tp=1, pp_rank=0, pp=1),
+        NoCollective(),
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+    )
+    return InProcessExecutor(runner)
+
+
+def group_deployment(
+    config: ClusterConfig, scaling: dict[str, Any], environment: dict[str, str]
+) -> serve.Application:
+    """Return the bound deployment of all replica groups.
+
+    Args:
+        config: Of the cluster.
+        scaling: Serve's options that say how many groups there are.
+        environment: Variables of the leaders' processes.
+    """
+    options: dict[str, Any] = {
+        "name": "replica-group",
+        "ray_actor_options": {
+            "num_cpus": leader_num_cpus(config.parallel),
+            "runtime_env": {"env_vars": environment},
+        },
+        "graceful_shutdown_timeout_s": config.replica.drain_timeout_s + STOP_MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "health_check_period_s": 1.0,
+        "health_check_timeout_s": 30.0,
+        "max_ongoing_requests": 1000,
+        **scaling,
+    }
+    if config.parallel.world_size == 1 and config.parallel.num_gpus_per_worker:
+        options["ray_actor_options"]["num_gpus"] = config.parallel.num_gpus_per_worker
+    reserved = bundles(config.parallel)
+    if reserved is not None:
+        options["placement_group_bundles"] = reserved
+        options["placement_group_strategy"] = "PACK"
+    return serve.deployment(ReplicaGroup).options(**options).bind(config.model_dump())

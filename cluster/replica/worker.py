@@ -1,0 +1,115 @@
+"""One rank of a replica group: loads its shard, then computes plan after plan."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cluster.config import parse_config
+from cluster.errors import UnavailableError
+from cluster.model.collective import Collective, NoCollective, init_tensor_parallel
+from cluster.model.runner import ModelRunner, ShardSpec
+from cluster.replica.channel import Channel, connect
+from cluster.replica.pipeline import Pipeline
+from cluster.replica.placement import ranks_of
+from cluster.step import StepPlan, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything that a worker has to know, in plain data."""
+
+    index: int  # 0 ... tp * pp - 1
+    config: dict[str, Any]  # ClusterConfig as plain data
+    leader_address: tuple[str, int]
+    auth_key: bytes
+    stage_port: int  # of this worker's tensor-parallel group, on its first rank's host
+    pipeline_address: tuple[str, int]  # of the group that passes activations
+    num_blocks: int
+    max_model_len: int  # tokens
+    num_threads: int
+
+
+def run_worker(spec: WorkerSpec) -> None:
+    """Work until the leader says stop or is gone.
+
+    Raises:
+        SluiceError: The shard cannot be loaded or the group cannot be joined; the leader was told.
+    """
+    config = parse_config(spec.config)
+    channel = connect(
+        spec.leader_address, spec.auth_key, send_timeout_s=config.engine.step_timeout_s
+    )
+    try:
+        runner, pipeline = _join(spec)
+    except Exception as error:
+        channel.send("failed", spec.index, f"{type(error).__name__}: {error}")
+        raise
+    channel.send("ready", spec.index, {"num_blocks": runner.num_blocks})
+    try:
+        _serve(channel, runner, pipeline, is_reporter=spec.index % config.parallel.tp == 0)
+    except UnavailableError:
+        logger.info("worker %d: the leader is gone", spec.index)
+    except Exception as error:
+        channel.send("error", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        channel.close()
+
+
+def _join(spec: WorkerSpec) -> tuple[ModelRunner, Pipeline | None]:
+    config = parse_config(spec.config)
+    parallel = config.parallel
+    torch.set_num_threads(spec.num_threads)
+    pp_rank, tp_rank = ranks_of(spec.index, parallel.tp)
+    collective: Collective = NoCollective()
+    if parallel.tp > 1:
+        collective = init_tensor_parallel(tp_rank, parallel.tp, spec.stage_port)
+    runner = ModelRunner(
+        config.model,
+        config.cache,
+        ShardSpec(tp_rank=tp_rank, tp=parallel.tp, pp_rank=pp_rank, pp=parallel.pp),
+        collective,
+        max_model_len=spec.max_model_len,
+        num_blocks=spec.num_blocks,
+    )
+    if parallel.pp == 1:
+        return runner, None
+    host, port = spec.pipeline_address
+    timeout_s = max(config.engine.step_timeout_s, config.replica.start_timeout_s)
+    pipeline = Pipeline(
+        host=host,
+        port=port,
+        index=spec.index,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        timeout_s=timeout_s,
+    )
+    return runner, pipeline
+
+
+def _serve(
+    channel: Channel, runner: ModelRunner, pipeline: Pipeline | None, *, is_reporter: bool
+) -> None:
+    while True:
+        kind, *values = channel.receive()
+        if kind == "stop":
+            return
+        assert kind == "plan", kind
+        plan = StepPlan.decode(values[0])
+        hidden_TD = None
+        if not runner.is_first:
+            assert pipeline is not None
+            hidden_TD = pipeline.receive(plan.num_tokens, runner.hidden_size, runner.dtype)
+        output = runner.execute(plan, hidden_TD)
+        if isinstance(output, dict):
+            if is_reporter:
+                channel.send("result", StepResult(plan.step_id, output).encode())
+        else:
+            assert pipeline is not None
+            pipeline.send(output)

@@ -1,0 +1,106 @@
+"""A server of the public API without a cluster: each request ends as it is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from cluster.rpc.sluice.v1 import inference_pb2 as pb
+from cluster.rpc.sluice.v1.inference_pb2_grpc import (
+    InferenceServicer,
+    add_InferenceServicer_to_server,
+)
+
+NUM_CACHED = 3
+
+
+class FakeInference(InferenceServicer):
+    """Answers request n as `outcomes[n]` says: ok, refuse, truncate, short, break."""
+
+    def __init__(self, outcomes: Sequence[str], delay_s: float = 0.0) -> None:
+        self.prompts: list[list[int] | str] = []
+        self.requests: list[pb.GenerateRequest] = []
+        self.max_num_open = 0
+        self._num_open = 0
+        self._outcomes = iter(outcomes)
+        self._delay_s = delay_s
+        self._lock = threading.Lock()
+
+    def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        model = pb.Model(name="fake", max_model_len=512, vocab_size=300)
+        return pb.ListModelsResponse(models=[model])
+
+    def ClusterStatus(
+        self, request: pb.ClusterStatusRequest, context: Any
+    ) -> pb.ClusterStatusResponse:
+        replica = pb.ReplicaStatus(
+            replica_id="r1",
+            state=pb.REPLICA_STATE_READY,
+            model="fake",
+            tp=2,
+            pp=1,
+            num_blocks=100,
+            num_free_blocks=75,
+            num_running=3,
+            num_waiting=1,
+            num_prefix_query_tokens=400,
+            num_prefix_hit_tokens=100,
+            num_generated_tokens=1234,
+        )
+        return pb.ClusterStatusResponse(replicas=[replica], num_inflight=4, gateway_id="g1")
+
+    def GenerateStream(
+        self, request: pb.GenerateStreamRequest, context: Any
+    ) -> Iterator[pb.GenerateStreamResponse]:
+        asked = request.request
+        with self._lock:
+            outcome = next(self._outcomes)
+            self.requests.append(asked)
+            self.prompts.append(asked.text or list(asked.token_ids.ids))
+            self._num_open += 1
+            self.max_num_open = max(self.max_num_open, self._num_open)
+        try:
+            if outcome == "refuse":
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue is full: come back later")
+            time.sleep(self._delay_s)
+            yield from self._events(asked, outcome, context)
+        finally:
+            with self._lock:
+                self._num_open -= 1
+
+    def _events(
+        self, asked: pb.GenerateRequest, outcome: str, context: Any
+    ) -> Iterator[pb.GenerateStreamResponse]:
+        def event(seq: int, **kind: Any) -> pb.GenerateStreamResponse:
+            return pb.GenerateStreamResponse(request_id="q", seq=seq, **kind)
+
+        num_tokens = asked.sampling.max_tokens
+        yield event(0, running=pb.Running(replica_id="r1"))
+        for index in range(num_tokens - (outcome == "short")):
+            yield event(index + 1, delta=pb.TokenDelta(text=f"t{index} ", token_ids=[index]))
+        if outcome == "break":
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the replica died")
+        if outcome == "truncate":
+            return
+        usage = pb.Usage(prompt_tokens=12, completion_tokens=num_tokens, cached_tokens=NUM_CACHED)
+        ended = pb.Finished(finish_reason=pb.FINISH_REASON_LENGTH, usage=usage)
+        yield event(num_tokens + 1, finished=ended)
+
+
+@contextlib.contextmanager
+def serving(fake: FakeInference) -> Iterator[str]:
+    """Serve on a free port; yields the address."""
+    server = grpc.server(ThreadPoolExecutor(max_workers=16))
+    add_InferenceServicer_to_server(fake, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(grace=1.0).wait()

@@ -1,0 +1,22 @@
+"""Run the command in this process."""
+
+from __future__ import annotations
+
+from click.testing import Result
+from typer.testing import CliRunner
+
+from cluster.cli.app import app
+
+
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, input=stdin)
+
+
+def error_of(*arguments: str) -> str:
+    """Return the one line that a wrong command line or configuration leads to."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("sluice: ")
+    return lines[0]

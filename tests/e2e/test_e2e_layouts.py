@@ -1,0 +1,169 @@
+"""Every layout of a replica group gives what transformers gives, through gRPC and real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cluster.client import AsyncClient, Client
+from cluster.config import DEMO_MODEL_PATH, ClusterConfig, load_config
+from cluster.errors import SluiceError
+from cluster.gateway.app import ServingCluster, check, start
+from cluster.types import SamplingParams
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]
+
+NUM_TOKENS = 64
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
+SEEDED = SamplingParams(
+    max_tokens=32, temperature=0.9, top_p=0.95, top_k=50, seed=1234, ignore_eos=True
+)
+
+
+def configuration(tp: int, pp: int, num_replicas: int = 1) -> ClusterConfig:
+    return load_config(
+        None,
+        [
+            "model.dtype=float32",
+            f"parallel.tp={tp}",
+            f"parallel.pp={pp}",
+            "parallel.num_cpus_per_worker=0.1",
+            f"replica.num_replicas={num_replicas}",
+            "gateway.port=0",
+            "cache.num_blocks=600",
+            "engine.max_num_batched_tokens=128",  # prompts are computed in chunks
+            f"store.namespace=test{os.getpid()}",
+        ],
+    )
+
+
+def prompts() -> list[list[int]]:
+    """Sixteen prompts of mixed lengths, some longer than a step's token budget."""
+    lengths = [1, 2, 3, 5, 8, 13, 15, 16, 17, 31, 32, 33, 64, 100, 150, 300]
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(0, 4096, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="session")
+def greedy_reference() -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL_PATH, dtype=torch.float32)
+    answers = []
+    for prompt in prompts():
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NUM_TOKENS,
+                min_new_tokens=NUM_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.fixture(scope="module", params=["1x1", "2x1", "1x2", "2x2"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[ServingCluster]:
+    tp, pp = map(int, request.param.split("x"))
+    config = configuration(tp, pp)
+    check(config)
+    with start(config) as running:
+        yield running
+
+
+async def answers(
+    address: str, sampling: SamplingParams, only: list[int] | None = None
+) -> dict[int, list[int]]:
+    """Ask all prompts (or some) at once; return their tokens."""
+    async with AsyncClient(address) as client:
+
+        async def ask(index: int) -> tuple[int, list[int]]:
+            done = await client.generate(
+                token_ids=prompts()[index], sampling=sampling, timeout_s=120
+            )
+            return index, list(done.token_ids)
+
+        wanted = only if only is not None else list(range(len(prompts())))
+        return dict(await asyncio.gather(*(ask(index) for index in wanted)))
+
+
+def test_layout_is_identical_to_transformers(
+    cluster: ServingCluster, greedy_reference: list[list[int]]
+) -> None:
+    got = asyncio.run(answers(cluster.address, GREEDY))
+    for index, expected in enumerate(greedy_reference):
+        assert got[index] == expected, f"prompt {index} of {len(prompts()[index])} tokens"
+
+
+SEEDED_ANSWERS: dict[int, list[int]] = {}  # of the first layout, 1x1: the others have to agree
+
+
+def test_layout_samples_the_same_in_any_batch(cluster: ServingCluster) -> None:
+    together = asyncio.run(answers(cluster.address, SEEDED))
+    alone = asyncio.run(answers(cluster.address, SEEDED, only=[3, 9]))
+    assert alone == {index: together[index] for index in (3, 9)}
+    SEEDED_ANSWERS.update(SEEDED_ANSWERS or together)
+    assert together == SEEDED_ANSWERS, "another layout, another answer"
+
+
+def wait_ready(client: Client, other_than: str, timeout_s: float = 90) -> Any:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        ready = [r for r in client.status().replicas if r.state == "ready"]
+        if ready and ready[0].replica_id != other_than:
+            return ready[0]
+        time.sleep(0.1)
+    raise AssertionError("no new group came up")
+
+
+def test_layout_is_rebuilt_when_a_process_of_it_is_killed(
+    cluster: ServingCluster, greedy_reference: list[list[int]]
+) -> None:
+    with Client(cluster.address) as client:
+        before = client.status().replicas[0]
+        leader = psutil.Process(before.leader_pid)
+        victim = leader
+        if cluster.config.parallel.world_size > 1:
+            workers = [
+                p
+                for p in psutil.Process(leader.ppid()).children()
+                if any("WorkerActor" in part for part in p.cmdline())
+            ]
+            assert len(workers) == cluster.config.parallel.world_size
+            victim = workers[-1]
+        os.kill(victim.pid, signal.SIGKILL)
+        leader.wait(timeout=10)  # the whole group ends
+        after = wait_ready(client, other_than=before.replica_id)
+        assert after.leader_pid != before.leader_pid
+        if cluster.config.parallel.world_size > 1:
+            for worker in workers:
+                worker.wait(timeout=10)
+        done = client.generate(token_ids=prompts()[5], sampling=GREEDY, timeout_s=60)
+        assert list(done.token_ids) == greedy_reference[5]
+
+
+def test_layout_leaves_no_shared_memory_behind(cluster: ServingCluster) -> None:
+    with Client(cluster.address) as client:
+        client.generate(token_ids=[1, 2, 3], sampling=GREEDY, timeout_s=60)
+    left = list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+    assert not left, "segments are unlinked as soon as every rank has mapped them"
+
+
+def test_errors_name_what_is_wrong_and_the_cluster_goes_on(cluster: ServingCluster) -> None:
+    with Client(cluster.address) as client:
+        with pytest.raises(SluiceError) as caught:
+            client.generate(token_ids=[999_999], sampling=GREEDY, timeout_s=10)
+        assert caught.value.code == "INVALID_ARGUMENT"
+        assert client.generate(token_ids=[1], sampling=GREEDY, timeout_s=60).token_ids

@@ -1,0 +1,175 @@
+"""Fakes that more than one room's tests use."""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.errors import UnavailableError
+from cluster.step import SequenceStep, StepPlan, StepResult
+from cluster.types import EngineRequest, FinishReason, SampledToken
+
+Choose = Callable[[Sequence[int]], int]
+
+
+def checksum_choice(vocab_size: int) -> Choose:
+    """Return a model whose next token depends on every token before it."""
+    return lambda tokens: zlib.crc32(array("q", tokens).tobytes()) % vocab_size
+
+
+def expected_answer(
+    request: EngineRequest,
+    *,
+    choose: Choose,
+    vocab_size: int,
+    max_model_len: int,
+    eos_token_ids: frozenset[int],
+) -> tuple[list[int], FinishReason]:
+    """Return what a request has to get: one sequence alone, no batches, no blocks, no cache."""
+    sampling = request.sampling
+    stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else eos_token_ids)
+    tokens, output = list(request.prompt_token_ids), []
+    while True:
+        banned = stops if len(output) < sampling.min_tokens else set()
+        token = _first_allowed(choose(tokens), banned, vocab_size)
+        tokens.append(token)
+        output.append(token)
+        if token in stops:
+            return output, FinishReason.STOP
+        if len(output) == sampling.max_tokens or len(tokens) == max_model_len:
+            return output, FinishReason.LENGTH
+
+
+def _first_allowed(token: int, banned: set[int], vocab_size: int) -> int:
+    while token in banned:
+        token = (token + 1) % vocab_size
+    return token
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What a place in the shadow KV cache holds: like real keys, it depends on all before it."""
+
+    prefix: int  # checksum of the tokens before
+    token: int
+
+    @property
+    def checksum(self) -> int:
+        return zlib.crc32(array("q", (self.prefix, self.token)).tobytes())
+
+
+class FakeExecutor:
+    """An executor without a model that checks every plan against a shadow KV cache.
+
+    The next token is chosen from the tokens that the block table leads to, so that a wrong block
+    changes the output even where no assertion notices it.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        vocab_size: int = 1000,
+        max_in_flight: int = 1,
+        choose: Choose | None = None,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.max_in_flight = max_in_flight
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.choose = choose or checksum_choice(vocab_size)
+        self.plans: list[StepPlan] = []  # all that were submitted
+        self.submit_fails = False
+        self.collect_fails = False
+        self.is_shut_down = False
+        self._cache: dict[tuple[int, int], _Slot] = {}
+        self._tokens: dict[int, list[int]] = {}  # seq_id -> all that is known of it
+        self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        assert not self.is_shut_down
+        if self.submit_fails:
+            raise UnavailableError("worker 0 died")
+        self._check_step(plan)
+        self.plans.append(plan)
+        tokens = {s.seq_id: t for s in plan.sequences if (t := self._compute(s)) is not None}
+        self._in_flight.append((plan, StepResult(plan.step_id, tokens)))
+
+    def collect(self, timeout_s: float) -> StepResult:
+        assert not self.is_shut_down and timeout_s > 0
+        if self.collect_fails:
+            raise UnavailableError("worker 0 died")
+        plan, result = self._in_flight.popleft()
+        for step in plan.sequences:
+            if step.sample is not None:
+                self._tokens[step.seq_id].append(result.tokens[step.seq_id].token_id)
+        return result
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+    def _check_step(self, plan: StepPlan) -> None:
+        assert len(self._in_flight) < self.max_in_flight, "more steps than stages"
+        assert plan.sequences, "an empty step"
+        in_flight = [step for other, _ in self._in_flight for step in other.sequences]
+        seq_ids = [step.seq_id for step in (*in_flight, *plan.sequences)]
+        assert len(seq_ids) == len(set(seq_ids)), f"in flight twice: {seq_ids}"
+        written = [block for step in (*in_flight, *plan.sequences) for block in self._written(step)]
+        assert len(written) == len(set(written)), "two sequences write to one block"
+        for step in in_flight:
+            mine = {block for other in plan.sequences for block in self._written(other)}
+            assert not mine & set(step.block_table), "a block of a step in flight is written"
+
+    def _written(self, step: SequenceStep) -> list[int]:
+        first = step.num_computed_tokens // self.block_size
+        last = (step.num_computed_tokens + len(step.token_ids) - 1) // self.block_size
+        return list(step.block_table[first : last + 1])
+
+    def _compute(self, step: SequenceStep) -> SampledToken | None:
+        num_computed, num_now = step.num_computed_tokens, len(step.token_ids)
+        num_after = num_computed + num_now
+        assert num_now > 0
+        assert len(step.block_table) * self.block_size >= num_after, "a token without a place"
+        assert len(set(step.block_table)) == len(step.block_table)
+        assert all(0 <= block < self.num_blocks for block in step.block_table)
+        tokens = self._read(step, num_computed)
+        self._write(step, tokens)
+        tokens += step.token_ids
+        known = self._tokens.setdefault(step.seq_id, [])
+        assert tokens[: len(known)] == known[:num_after], "not the tokens of this sequence"
+        known.extend(tokens[len(known) :])
+        if step.sample is None:
+            return None
+        assert num_after == len(known) == step.sample.position, "sampled before its end"
+        choice = self.choose(tokens)
+        return SampledToken(
+            _first_allowed(choice, set(step.sample.banned_token_ids), self.vocab_size)
+        )
+
+    def _read(self, step: SequenceStep, num_computed: int) -> list[int]:
+        """Return the computed tokens; each must have been computed after the same prefix."""
+        tokens, checksum = [], 0
+        for position in range(num_computed):
+            slot = self._cache.get(self._place(step, position))
+            assert slot is not None, f"position {position} was never computed"
+            assert slot.prefix == checksum, f"position {position} belongs to another prefix"
+            tokens.append(slot.token)
+            checksum = slot.checksum
+        return tokens
+
+    def _write(self, step: SequenceStep, computed: list[int]) -> None:
+        checksum = 0
+        if computed:
+            checksum = self._cache[self._place(step, len(computed) - 1)].checksum
+        for position, token in enumerate(step.token_ids, start=len(computed)):
+            slot = _Slot(checksum, token)
+            self._cache[self._place(step, position)] = slot
+            checksum = slot.checksum
+
+    def _place(self, step: SequenceStep, position: int) -> tuple[int, int]:
+        block, offset = divmod(position, self.block_size)
+        return step.block_table[block], offset
