@@ -70,10 +70,11 @@ class RedisServer:
         """Start the server, empty, on `port`, and return when it answers."""
         assert self._folder is not None, "use it in a with statement"
         log = Path(self._folder.name) / "redis.log"
+        network = ("--port", str(self.port), "--bind", "127.0.0.1")
+        memory_only = ("--save", "", "--appendonly", "no")
+        files = ("--dir", self._folder.name, "--logfile", str(log))
         self._process = subprocess.Popen(
-            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-            + ["--appendonly", "no", "--dir", self._folder.name, "--logfile", str(log)]
-            + list(self._options)
+            ["redis-server", *network, *memory_only, *files, *self._options]
         )
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not self._answers():

@@ -36,7 +36,7 @@ class Pace:
 
     step_s: float = 0.0  # duration of a step; 0: as fast as sessions take it
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    sent_s: dict[str, array[float]] = field(default_factory=dict)  # by request, `time.monotonic`
+    sent_s: dict[int, array[float]] = field(default_factory=dict)  # by seed, `time.monotonic`
     num_sent: int = 0  # times in `sent_s`
 
     def set(self, step_s: float) -> None:
@@ -46,19 +46,20 @@ class Pace:
         self.num_sent = 0
         self.changed.set()
 
-    def record(self, outputs: Iterable[pb.Output]) -> None:
-        """Note that these tokens leave now, where a pace is set and there is room."""
+    def record(self, requests: Iterable[_Request]) -> None:
+        """Note that a token of each leaves now, where a pace is set and there is room."""
         if not self.step_s or self.num_sent >= _MAX_RECORDED_TOKENS:
             return
         now_s = time.monotonic()
-        for output in outputs:
-            self.sent_s.setdefault(output.request_id, array("d")).append(now_s)
+        for request in requests:
+            self.sent_s.setdefault(request.seed, array("d")).append(now_s)
             self.num_sent += 1
 
 
 @dataclass(slots=True)
 class _Request:
-    request_id: str
+    request_id: str  # the gateway's own
+    seed: int  # the client's: what both ends know a request by
     num_left: int
     num_done: int = 0
 
@@ -90,7 +91,8 @@ class _Session:
                     await self._write([pb.Output(request_id=request_id, end=pb.END_CANCELLED)])
                 continue
             submit = command.submit
-            request = _Request(submit.request_id, submit.sampling.max_tokens)
+            sampling = submit.sampling
+            request = _Request(submit.request_id, sampling.seed, sampling.max_tokens)
             await self._advance([request])
             if request.num_left:
                 self.running[request.request_id] = request
@@ -109,8 +111,9 @@ class _Session:
 
     async def _advance(self, requests: list[_Request]) -> None:
         async with self._writing:
-            outputs = [request.next_output() for request in requests if request.num_left]
-            self._pace.record(outputs)
+            going = [request for request in requests if request.num_left]
+            self._pace.record(going)
+            outputs = [request.next_output() for request in going]
             for output in outputs:
                 if output.end != pb.END_UNSPECIFIED:
                     self.running.pop(output.request_id, None)

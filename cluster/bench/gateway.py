@@ -67,10 +67,11 @@ class _Bench:
         """Measure CPU time per message, delivery, and the TTFT that is added."""
         await self._set_pace(self.what.num_streams / self.what.rate_per_s)
         async with self._streaming(Traffic(received_s={})) as traffic:
+            since_s = time.monotonic()
             figures = await self._window(traffic)
             probes = await self._probe()
         sent_s = await self._set_pace(0.0)
-        return {**figures, "delivery_s": spread(_delays_s(sent_s, traffic)), **probes}
+        return {**figures, "delivery_s": spread(_delays_s(sent_s, traffic, since_s)), **probes}
 
     @contextlib.asynccontextmanager
     async def _streaming(self, traffic: Traffic) -> AsyncIterator[Traffic]:
@@ -161,13 +162,14 @@ async def run_gateway_bench(what: GatewayBench) -> dict[str, Any]:
         }
 
 
-def _delays_s(sent_s: dict[str, list[float]], traffic: Traffic) -> list[float]:
-    """Return the way's latency of every token that left and arrived."""
+def _delays_s(sent_s: dict[str, list[float]], traffic: Traffic, since_s: float) -> list[float]:
+    """Return the way's latency of every token that left after `since_s` and arrived."""
     assert traffic.received_s is not None
     return [
         received - sent
-        for request_id, times in traffic.received_s.items()
-        for sent, received in zip(sent_s.get(request_id, ()), times, strict=False)
+        for seed, times in traffic.received_s.items()
+        for sent, received in zip(sent_s.get(str(seed), ()), times, strict=False)
+        if sent >= since_s
     ]
 
 

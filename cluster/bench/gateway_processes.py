@@ -32,7 +32,7 @@ async def run_leader() -> None:
     _say({"address": address})
     commands = await _stdin()
     while line := await commands.readline():
-        _say({"sent_s": {request_id: list(times) for request_id, times in pace.sent_s.items()}})
+        _say({"sent_s": {seed: list(times) for seed, times in pace.sent_s.items()}})
         pace.set(json.loads(line)["step_s"])
     await server.stop(_STOP_GRACE_S)
 

@@ -13,6 +13,7 @@ from cluster.rpc.sluice.internal.v1.engine_pb2_grpc import EngineStub
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 
+PROBE_SEED = 0  # of no stream
 _PROBE_TIMEOUT_S = 10.0
 
 
@@ -23,14 +24,14 @@ class Traffic:
     num_messages: int = 0  # events that brought tokens
     num_tokens: int = 0
     num_requests: int = 0  # begun
-    received_s: dict[str, array[float]] | None = None  # by request, one per token, if wanted
+    received_s: dict[int, array[float]] | None = None  # by seed, one per token, if wanted
 
-    def count(self, request_id: str, num_tokens: int) -> None:
+    def count(self, seed: int, num_tokens: int) -> None:
         """Count one message."""
         self.num_messages += 1
         self.num_tokens += num_tokens
         if self.received_s is not None:
-            times = self.received_s.setdefault(request_id, array("d"))
+            times = self.received_s.setdefault(seed, array("d"))
             times.extend([time.monotonic()] * num_tokens)
 
 
@@ -50,23 +51,25 @@ class EndlessStreams:
 
     async def _one(self) -> None:
         while True:
-            request_id = uuid.uuid4().hex
             self.traffic.num_requests += 1
-            async for event in self.stub.GenerateStream(self._request(request_id)):
+            seed = self.traffic.num_requests  # names the stream: the gateway passes it on
+            async for event in self.stub.GenerateStream(self._request(seed)):
                 if event.HasField("delta"):
-                    self.traffic.count(request_id, len(event.delta.token_ids))
+                    self.traffic.count(seed, len(event.delta.token_ids))
 
-    def _request(self, request_id: str) -> pb.GenerateStreamRequest:
+    def _request(self, seed: int) -> pb.GenerateStreamRequest:
         prompt = pb.TokenIds(ids=[1])
-        sampling = pb.SamplingParams(max_tokens=self.model.max_model_len - 1, ignore_eos=True)
+        sampling = pb.SamplingParams(
+            max_tokens=self.model.max_model_len - 1, ignore_eos=True, seed=seed
+        )
         return pb.GenerateStreamRequest(
-            request=pb.GenerateRequest(request_id=request_id, token_ids=prompt, sampling=sampling)
+            request=pb.GenerateRequest(token_ids=prompt, sampling=sampling)
         )
 
 
 async def gateway_ttft_s(stub: InferenceStub, text: str) -> float:
     """Return the time from a text prompt to the first token through the gateway, seconds."""
-    sampling = pb.SamplingParams(max_tokens=1, ignore_eos=True)
+    sampling = pb.SamplingParams(max_tokens=1, ignore_eos=True, seed=PROBE_SEED)
     request = pb.GenerateStreamRequest(request=pb.GenerateRequest(text=text, sampling=sampling))
     start_s = time.perf_counter()
     call = stub.GenerateStream(request, timeout=_PROBE_TIMEOUT_S)
@@ -89,7 +92,7 @@ class DirectProbe:
         submit = engine_pb2.Submit(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=self._prompt_token_ids,
-            sampling=engine_pb2.Sampling(max_tokens=1, ignore_eos=True),
+            sampling=engine_pb2.Sampling(max_tokens=1, ignore_eos=True, seed=PROBE_SEED),
         )
         start_s = time.perf_counter()
         async with asyncio.timeout(_PROBE_TIMEOUT_S):

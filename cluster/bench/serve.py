@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,6 +28,7 @@ class ServeBench:
     objective: LatencyObjective = field(default_factory=LatencyObjective)
     num_warmup: int = 0  # requests before the measurement, not counted
     model: str = ""  # empty: the only one served
+    ca_file: str | None = None  # PEM file that verifies the gateway; None speaks plain text
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -59,8 +61,7 @@ async def run_serve_bench(
         InvalidArgumentError: Prompt and answer do not fit into the model's context.
         UnavailableError: Nothing answers at the address.
     """
-    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    async with grpc.aio.insecure_channel(bench.address, options=options) as channel:
+    async with _channel(bench) as channel:
         stub = InferenceStub(channel)  # type: ignore[no-untyped-call]
         model = await _find_model(stub, bench)
         if bench.num_warmup:
@@ -78,6 +79,18 @@ async def run_serve_bench(
         "result": summarize(records, bench.objective),
     }
     return ServeBenchResult(records, figures)
+
+
+def _channel(bench: ServeBench) -> grpc.aio.Channel:
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    if bench.ca_file is None:
+        return grpc.aio.insecure_channel(bench.address, options=options)
+    try:
+        credentials = grpc.ssl_channel_credentials(Path(bench.ca_file).read_bytes())
+    except OSError as error:
+        message = f"--ca-file {bench.ca_file}: {error.strerror}: give a PEM file"
+        raise InvalidArgumentError(message, field="ca-file") from error
+    return grpc.aio.secure_channel(bench.address, credentials, options=options)
 
 
 def _finite(bound_s: float) -> float | None:

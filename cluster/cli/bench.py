@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.cli.options import DEFAULT_ADDRESS, Address, AsJson, print_json
+from cluster.cli.options import DEFAULT_ADDRESS, Address, AsJson, CaFile, bar_options, print_json
 from cluster.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _OBJECTIVE = "Objective"
 @bench.command("serve")
 def bench_serve(
     address: Address = DEFAULT_ADDRESS,
+    ca_file: CaFile = None,
     rate: Annotated[
         float | None,
         typer.Option(min=1e-6, help="Poisson arrivals per second.", rich_help_panel=_LOAD),
@@ -79,7 +80,7 @@ def bench_serve(
     plan = _load_plan(rate, concurrency, num_requests, duration, timeout_s)
     shape = RequestShape(input_tokens, output_tokens, shared_prefix_tokens, seed)
     objective = LatencyObjective(ttft_slo_s, tpot_slo_s)
-    measurement = ServeBench(address, plan, shape, objective, warmup, model)
+    measurement = ServeBench(address, plan, shape, objective, warmup, model, ca_file)
     _report_serve(measurement, _run_with_progress(measurement), plot, json)
 
 
@@ -106,9 +107,7 @@ def _run_with_progress(measurement: ServeBench) -> ServeBenchResult:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     # Redrawn twice a second: the bar shares a core with the client that is measured.
-    with Progress(
-        *columns, TimeElapsedColumn(), console=Console(stderr=True), refresh_per_second=2
-    ) as progress:
+    with Progress(*columns, TimeElapsedColumn(), refresh_per_second=2, **bar_options()) as progress:
         task = progress.add_task("requests", total=measurement.plan.num_requests)
         num_failed = 0
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.cli.options import DEFAULT_ADDRESS, Address, AsJson, CaFile
-from cluster.types import SamplingParams
+from cluster.cli.options import DEFAULT_ADDRESS, Address, AsJson, CaFile, print_json
+from cluster.errors import InvalidArgumentError
 
-_DEFAULTS = SamplingParams()
-_SAMPLING = "Sampling"
+if TYPE_CHECKING:
+    from cluster.client import Event
+
+_SAMPLING = "Sampling (unset: the gateway's defaults)"
 _END = "End of the answer"
 
 
@@ -18,40 +22,57 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     address: Address = DEFAULT_ADDRESS,
     ca_file: CaFile = None,
-    model: Annotated[str, typer.Option(help="Name; needed where several are served.")] = "",
+    model: Annotated[str, typer.Option(help="Name; empty is the only one served.")] = "",
     timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of the request.")] = 600.0,
     temperature: Annotated[
-        float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.temperature,
+        float | None,
+        typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING),
+    ] = None,
     top_k: Annotated[
-        int, typer.Option(help="Keep the k likeliest; 0 keeps all.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.top_k,
+        int | None,
+        typer.Option(min=0, help="Keep the k likeliest; 0 keeps all.", rich_help_panel=_SAMPLING),
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(help="Keep this probability.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.top_p,
+        float | None,
+        typer.Option(help="Keep the likeliest with this probability.", rich_help_panel=_SAMPLING),
+    ] = None,
     min_p: Annotated[
-        float, typer.Option(help="Share of the likeliest's.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.min_p,
+        float | None,
+        typer.Option(
+            help="Keep those with this share of the likeliest's.", rich_help_panel=_SAMPLING
+        ),
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: fewer repetitions.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.repetition_penalty,
+        float | None,
+        typer.Option(help="Above 1: fewer repetitions.", rich_help_panel=_SAMPLING),
+    ] = None,
     presence_penalty: Annotated[
-        float, typer.Option(help="Once per token seen.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.presence_penalty,
+        float | None,
+        typer.Option(help="Per token that the answer has.", rich_help_panel=_SAMPLING),
+    ] = None,
     frequency_penalty: Annotated[
-        float, typer.Option(help="Per occurrence.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.frequency_penalty,
+        float | None,
+        typer.Option(help="Per occurrence in the answer.", rich_help_panel=_SAMPLING),
+    ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Same seed, same text.", rich_help_panel=_SAMPLING)
-    ] = _DEFAULTS.seed,
+        int | None,
+        typer.Option(min=0, help="The same seed gives the same answer.", rich_help_panel=_SAMPLING),
+    ] = None,
     max_tokens: Annotated[
-        int, typer.Option(help="At the most.", rich_help_panel=_END)
-    ] = _DEFAULTS.max_tokens,
+        int | None,
+        typer.Option(min=0, help="Tokens at the most.", rich_help_panel=_END),
+    ] = None,
     min_tokens: Annotated[
-        int, typer.Option(help="No stop before.", rich_help_panel=_END)
-    ] = _DEFAULTS.min_tokens,
+        int | None,
+        typer.Option(min=0, help="Tokens before any stop.", rich_help_panel=_END),
+    ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; repeat.", rich_help_panel=_END)
+        list[str] | None,
+        typer.Option(help="Text to end before; may be repeated.", rich_help_panel=_END),
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Token to end at; may be repeated.", rich_help_panel=_END),
     ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after end-of-text.", rich_help_panel=_END)
@@ -59,3 +80,56 @@ def generate(
     json: AsJson = False,
 ) -> None:
     """Stream a completion to the terminal."""
+    choices = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "stop": stop,
+        "stop_token_ids": stop_token_id,
+        "ignore_eos": ignore_eos,
+    }
+    sampling = {name: value for name, value in choices.items() if value is not None}
+    text = _read_stdin() if prompt == "-" else prompt
+    from cluster.client import Client
+
+    with Client(address, ca_file=ca_file) as client:
+        if json:
+            print_json(
+                asdict(client.generate(text, model=model, sampling=sampling, timeout_s=timeout_s))
+            )
+        else:
+            _print(client.stream(text, model=model, sampling=sampling, timeout_s=timeout_s))
+
+
+def _read_stdin() -> str:
+    try:
+        return typer.get_binary_stream("stdin").read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            f"standard input is not UTF-8: {error}", field="prompt"
+        ) from error
+
+
+def _print(events: Iterable[Event]) -> None:
+    """Print the text as it comes, and what it took on standard error."""
+    from cluster.client import Finished, TextDelta
+
+    for event in events:
+        if isinstance(event, TextDelta):
+            typer.echo(event.text, nl=False)
+        elif isinstance(event, Finished):
+            usage, timings = event.usage, event.timings
+            typer.echo()
+            typer.echo(
+                f"[{event.finish_reason}: {usage.completion_tokens} tokens, "
+                f"prompt {usage.prompt_tokens} ({usage.cached_tokens} cached), "
+                f"TTFT {timings.ttft_s * 1e3:.0f} ms, {timings.total_s:.2f} s]",
+                err=True,
+            )

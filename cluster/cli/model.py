@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cluster.cli.options import AsJson, print_json
+from cluster.cli.options import AsJson, bar_options, print_json
 from cluster.config import DEMO_MODEL_PATH, ModelConfig
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def random_model(
     from cluster.model.random_models import write_random_model
 
     columns = (TextColumn(shape), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, **bar_options()) as progress:
         task = progress.add_task(shape, total=None)
         num_bytes = write_random_model(
             shape,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 
@@ -25,6 +26,12 @@ CaFile = Annotated[
     typer.Option(metavar="FILE", help="PEM file of the authority that signed the gateway's TLS."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def bar_options() -> dict[str, Any]:
+    """Return how a bar is shown: on standard error, on a terminal only, gone at its end."""
+    console = Console(stderr=True)
+    return {"console": console, "transient": True, "disable": not console.is_terminal}
 
 
 def print_json(data: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import threading
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -53,7 +55,9 @@ def serve(
             pass  # a bounded wait, so that the handler of a signal gets its turn
     finally:
         console.print("stopping", highlight=False)
-        cluster.stop()
+        # Ray prints to standard output on its own account: there, the answer has to be alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            cluster.stop()
 
 
 class _StopSignals:

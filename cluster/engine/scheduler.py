@@ -12,8 +12,8 @@ of the waiting ones; what it generated becomes part of the prompt that it comput
     running  | 3 | 4 | 6 | 7 |    waiting  | 8 | 9 | 10 | 11 |     in order of arrival
 
 every running sequence came before every waiting one, the first one always gets what it needs, and
-nothing starves. Nor do chunks and decodes starve each other: decodes go first, and no more
-sequences run than a step has tokens, so that a prompt that has begun finds at least one left.
+nothing starves. Nor do chunks and decodes starve each other: decodes go first, and a sequence joins
+them only with a token of the budget that they left over, so that they never outgrow it.
 """
 
 from __future__ import annotations
@@ -73,8 +73,7 @@ class Scheduler:
         self._cache = cache
         self._block_size = block_size
         self._max_in_flight = max_in_flight
-        num_per_step = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self._max_num_running = num_per_step * max_in_flight
+        self._max_num_running = config.max_num_seqs * max_in_flight
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: dict[int, Sequence] = {}
         # Since start; a sequence that is admitted again after a preemption is not counted again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,8 @@ class Admission:
         self._live: set[str] = set()  # ids of admitted requests
         self._num_queued = 0
         self._is_closed = False
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def num_inflight(self) -> int:
@@ -33,6 +36,10 @@ class Admission:
     def close(self) -> None:
         """Admit no more requests."""
         self._is_closed = True
+
+    async def wait_idle(self) -> None:
+        """Return when no request is in flight."""
+        await self._idle.wait()
 
     @contextmanager
     def admit(self, request_id: str) -> Iterator[None]:
@@ -59,10 +66,13 @@ class Admission:
                 field="request_id",
             )
         self._live.add(request_id)
+        self._idle.clear()
         try:
             yield
         finally:
             self._live.remove(request_id)
+            if not self._live:
+                self._idle.set()
 
     @contextmanager
     def queue(self) -> Iterator[int]:

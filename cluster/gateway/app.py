@@ -76,7 +76,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     groups = group_deployment(config, scaling_options(config), environment(config))
     actor_options: dict[str, Any] = {"num_cpus": GATEWAY_NUM_CPUS}
     if config.gateway.ray_resource:
-        actor_options["resources"] = {config.gateway.ray_resource: 0.001}
+        # one of the resource is one gateway; such nodes have no CPUs for anything else
+        actor_options = {"num_cpus": 0, "resources": {config.gateway.ray_resource: 1}}
     return (
         serve.deployment(Gateway)
         .options(

@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from cluster.config import ReplicaConfig
-from cluster.errors import SluiceError
+from cluster.errors import SluiceError, UnavailableError
 from cluster.gateway.leader_link import LeaderLink
 from cluster.kvstore.registry import Registry
 from cluster.kvstore.store import Store
@@ -32,6 +32,7 @@ class Fleet:
         self._links: dict[str, LeaderLink] = {}
         self._changed = asyncio.Event()
         self._is_store_up = True
+        self._is_stopped = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -44,23 +45,28 @@ class Fleet:
         self._task = asyncio.create_task(self._poll(), name="fleet")
 
     async def stop(self) -> None:
-        """Close all connections; their requests end."""
+        """Close all connections; all requests end, those that wait for a replica too."""
+        self._is_stopped = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
         await asyncio.gather(*(link.stop() for link in self._links.values()))
         self._links.clear()
+        self._on_change()
 
     def link(self, replica_id: str) -> LeaderLink | None:
         """Return the link to a replica, if it is known."""
         return self._links.get(replica_id)
 
-    async def wait_change(self, timeout_s: float) -> None:
+    async def wait_change(self, timeout_s: float | None) -> None:
         """Return when a replica has come, gone, begun or ended to drain.
 
         Raises:
-            TimeoutError: Nothing of that happened in time.
+            TimeoutError: Nothing of that happened in `timeout_s` seconds.
+            UnavailableError: This gateway is shutting down: nothing of that will happen.
         """
+        if self._is_stopped:
+            raise UnavailableError("this gateway is shutting down: connect again")
         await asyncio.wait_for(self._changed.wait(), timeout_s)
 
     def _on_change(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import socket
@@ -28,7 +29,6 @@ from cluster.router.router import Router
 logger = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 1.0  # for statuses to reach clients after the last stream has ended
-_DRAIN_LOOK_S = 0.05
 
 
 class GatewayServer:
@@ -91,7 +91,7 @@ class GatewayServer:
         self._observe()
         self._server = grpc.aio.server(options=_options(self._config.gateway))
         add_inference_service(InferenceServicer(parts), self._server)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
@@ -114,11 +114,9 @@ class GatewayServer:
         self._admission.close()
         self._health_task.cancel()
         await self._health.enter_graceful_shutdown()
-        try:
-            async with asyncio.timeout(drain_timeout_s):
-                while self._admission.num_inflight:
-                    await asyncio.sleep(_DRAIN_LOOK_S)
-        except TimeoutError:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._admission.wait_idle(), drain_timeout_s)
+        if self._admission.num_inflight:
             logger.warning("%d requests did not finish in time", self._admission.num_inflight)
         await self._fleet.stop()
         await self._server.stop(_STOP_GRACE_S)
@@ -126,7 +124,7 @@ class GatewayServer:
     async def _announce(self) -> None:
         """Report SERVING from the first connected replica on: later ones are waited for."""
         while not len(self._fleet.table):
-            await asyncio.sleep(_DRAIN_LOOK_S)
+            await self._fleet.wait_change(None)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

@@ -69,6 +69,7 @@ class LeaderLink:
         self._commands: deque[engine_pb2.SessionRequest] = deque()
         self._has_commands = asyncio.Event()
         self._is_connected = False
+        self._end_reason = f"replica {info.replica_id} died: try again"
         self._task = asyncio.create_task(self._run(), name=f"link {info.replica_id}")
 
     @property
@@ -78,6 +79,7 @@ class LeaderLink:
 
     async def stop(self) -> None:
         """Close the connection; its requests end."""
+        self._end_reason = "this gateway is shutting down: connect again"
         self._task.cancel()
         await asyncio.wait([self._task])
 
@@ -123,7 +125,7 @@ class LeaderLink:
             grpc.aio.insecure_channel(self.info.address, options=_CHANNEL_OPTIONS) as channel,
             asyncio.TaskGroup() as tasks,
         ):
-            stub = engine_pb2_grpc.EngineStub(channel)
+            stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]
             session = stub.Session()
             tasks.create_task(self._read_outputs(session))
             tasks.create_task(self._write_commands(session))
@@ -135,7 +137,7 @@ class LeaderLink:
         self._commands.clear()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.fail(UnavailableError(f"replica {self.info.replica_id} died: try again"))
+            stream.fail(UnavailableError(self._end_reason))
 
     def _leave(self) -> None:
         if self.info.replica_id in self._table:
@@ -179,18 +181,19 @@ class LeaderLink:
     async def _follow(self, call: _Watch) -> None:
         """Apply a watch's messages until one is missing or late."""
         expected_seq = 0
-        while True:
-            message = await asyncio.wait_for(call.read(), self._silence_s)
-            if message is grpc.aio.EOF:
-                raise UnavailableError("the leader ended the watch")
-            if message.seq != expected_seq or message.is_snapshot != (expected_seq == 0):
-                logger.warning(
-                    "replica %s: watch message %d came in place of %d",
-                    *(self.info.replica_id, message.seq, expected_seq),
-                )
-                return
-            expected_seq += 1
-            self._apply(message)
+        now_s = asyncio.get_running_loop().time
+        async with asyncio.timeout(self._silence_s) as silence:
+            async for message in call:
+                silence.reschedule(now_s() + self._silence_s)
+                if message.seq != expected_seq or message.is_snapshot != (expected_seq == 0):
+                    logger.warning(
+                        "replica %s: watch message %d came in place of %d",
+                        *(self.info.replica_id, message.seq, expected_seq),
+                    )
+                    return
+                expected_seq += 1
+                self._apply(message)
+        raise UnavailableError("the leader ended the watch")
 
     def _apply(self, message: engine_pb2.WatchResponse) -> None:
         replica_id, load = self.info.replica_id, convert.load_from_proto(message.load)

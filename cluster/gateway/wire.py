@@ -100,5 +100,5 @@ def _twin_pool() -> descriptor_pool.DescriptorPool:
             if field.type == _FieldDescriptor.TYPE_STRING:
                 field.type = _FieldDescriptor.TYPE_BYTES
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)  # type: ignore[no-untyped-call]
+    pool.Add(file)
     return pool

@@ -7,8 +7,8 @@ slot, whatever garbage it holds, is never read.
     sequence of 6 tokens, S = 4, block table [7, 2]    slots 28 29 30 31 | 8 9
     its next token                                     slot 10
 
-Sequences with one query token (decode) run together, padded to the longest of their group; chunks of
-prompts run one by one through SDPA. Shape suffixes: see reference.py.
+Sequences with one query token (decode) run together, padded to the longest of their group;
+chunks of prompts run one by one through SDPA. Shape suffixes: see reference.py.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PromptChunk:
 
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
-    """Where a step's tokens go in the cache and what they attend to: made once, read by each layer."""
+    """Where a step's tokens go and what they attend to: made once, read by each layer."""
 
     slots_T: Tensor  # int64, where each token's key and value are written
     groups: tuple[DecodeGroup, ...]

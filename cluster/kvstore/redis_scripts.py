@@ -45,13 +45,24 @@ local function next_score()
 end
 """
 
-# KEYS lru, cost, used   ARGV prefix of blocks, budget, ttl in ms, then (hash, cost) of each block
+# KEYS lru, cost   ARGV prefix of blocks, budget, ttl in ms, then (hash, cost) of each block
 # Takes the batch's old versions off the account, evicts until the new ones fit, then counts them.
-# An index that was lost (FLUSHDB, eviction by Redis) starts from zero: its blocks end by their TTL.
+# Where Redis itself evicted one of the two indexes, all that the other one knows is dropped.
 MAKE_ROOM = (
     _NEXT_SCORE
     + """
-local used = tonumber(redis.call('GET', KEYS[3])) or 0
+local function drop(hashes)
+  for _, hash in ipairs(hashes) do
+    if hash ~= '' then redis.call('UNLINK', ARGV[1] .. hash) end
+  end
+end
+local num_counted = redis.call('HLEN', KEYS[2]) - redis.call('HEXISTS', KEYS[2], '')
+if num_counted ~= redis.call('ZCARD', KEYS[1]) then
+  drop(redis.call('HKEYS', KEYS[2]))
+  drop(redis.call('ZRANGE', KEYS[1], 0, -1))
+  redis.call('DEL', KEYS[1], KEYS[2])
+end
+local used = tonumber(redis.call('HGET', KEYS[2], '')) or 0
 local function forget(hash)
   used = used - (tonumber(redis.call('HGET', KEYS[2], hash)) or 0)
   redis.call('HDEL', KEYS[2], hash)
@@ -63,25 +74,20 @@ for i = 4, #ARGV, 2 do
   added = added + ARGV[i + 1]
 end
 while used + added > tonumber(ARGV[2]) do
-  local oldest = redis.call('ZPOPMIN', KEYS[1])
-  if #oldest == 0 then
-    redis.call('DEL', KEYS[2])
-    used = 0
-    break
-  end
-  forget(oldest[1])
-  redis.call('UNLINK', ARGV[1] .. oldest[1])
+  local oldest = redis.call('ZPOPMIN', KEYS[1])[1]
+  forget(oldest)
+  drop({oldest})
 end
 for i = 4, #ARGV, 2 do
   redis.call('ZADD', KEYS[1], next_score(), ARGV[i])
   redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
 end
-redis.call('SET', KEYS[3], string.format('%.0f', used + added))
-for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], ARGV[3]) end
+redis.call('HSET', KEYS[2], '', string.format('%.0f', used + added))
+for i = 1, 2 do redis.call('PEXPIRE', KEYS[i], ARGV[3]) end
 """
 )
 
-# KEYS lru, cost, used   ARGV prefix of blocks, then hashes
+# KEYS lru, cost   ARGV prefix of blocks, then hashes
 # A block that expired is taken off the account.
 TOUCH = (
     _NEXT_SCORE
@@ -94,7 +100,7 @@ for i = 2, #ARGV do
     if cost then
       redis.call('HDEL', KEYS[2], ARGV[i])
       redis.call('ZREM', KEYS[1], ARGV[i])
-      redis.call('DECRBY', KEYS[3], cost)
+      redis.call('HINCRBY', KEYS[2], '', -cost)
     end
   end
 end

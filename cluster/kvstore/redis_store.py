@@ -4,8 +4,7 @@
     {ns}:v1:leases:{kind}          zset          keys of a kind by the time of their expiry
     {ns}:v1:block:{hash}           string, PX    a framed block (codec.py)
     {ns}:v1:blocks:lru             zset          hashes by recency
-    {ns}:v1:blocks:cost            hash          hash -> bytes counted in the budget
-    {ns}:v1:blocks:used            string        sum of these
+    {ns}:v1:blocks:cost            hash          hash -> bytes in the budget; '' -> their sum
     {ns}:v1:journal:{key}          list, PX      entries
 
 Sluice keeps the budget itself, whatever `maxmemory` says: scripts (redis_scripts.py) evict and
@@ -100,7 +99,7 @@ class RedisStore:
             arguments += (key, block_cost(payload))
         # One transaction: no other client sees a block that is counted and missing, or the reverse.
         async with self._call("put_blocks", transaction=True) as pipe:
-            pipe.eval(MAKE_ROOM, 3, *self._block_index(), *arguments)
+            pipe.eval(MAKE_ROOM, 2, *self._block_index(), *arguments)
             for key, payload in fitting.items():
                 # A frame names its block: a value under a wrong key does not verify.
                 pipe.set(self._block(key), encode_block(payload, key), px=ttl_ms)
@@ -113,7 +112,7 @@ class RedisStore:
             return []
         async with self._call("get_blocks") as pipe:
             pipe.mget([self._block(key) for key in keys])
-            pipe.eval(TOUCH, 3, *self._block_index(), self._block(b""), *keys)
+            pipe.eval(TOUCH, 2, *self._block_index(), self._block(b""), *keys)
             values, _ = await pipe.execute()
         return [
             None if value is None else decode_block(value, key)
@@ -190,9 +189,9 @@ class RedisStore:
     def _block(self, key: bytes) -> bytes:
         return f"{self._prefix}block:".encode() + key
 
-    def _block_index(self) -> tuple[str, str, str]:
+    def _block_index(self) -> tuple[str, str]:
         blocks = f"{self._prefix}blocks:"
-        return blocks + "lru", blocks + "cost", blocks + "used"
+        return blocks + "lru", blocks + "cost"
 
     def _journal(self, key: str) -> str:
         return f"{self._prefix}journal:{key}"

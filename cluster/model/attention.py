@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -39,7 +39,7 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _paged_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -58,7 +58,7 @@ def _paged_attention_forward(
             "which the paged cache does not serve; take another model",
             field="model.path",
         )
-    k_cache, v_cache = paged.cache_L2BSKH[int(module.layer_idx) - paged.first_layer].unbind(0)
+    k_cache, v_cache = paged.cache_L2BSKH[module.layer_idx - paged.first_layer].unbind(0)
     write_kv(k_cache, key[0].transpose(0, 1), paged.batch.slots_T)
     write_kv(v_cache, value[0].transpose(0, 1), paged.batch.slots_T)
     out_TNH = paged_attention(

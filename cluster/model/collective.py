@@ -14,6 +14,7 @@ import shutil
 import sys
 import sysconfig
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -137,5 +138,14 @@ def init_tensor_parallel(
             rank=tp_rank,
             world_size=tp,
         )
+    if device == "cpu":
+        comm.barrier()  # every rank has mapped every buffer: their names are needed no more
+        _unlink_buffer(tp_rank, master_address, master_port)
     logger.info("tensor parallel: rank %d of %d through deepspeed.comm", tp_rank, tp)
     return DeepSpeedCollective(comm, tp)
+
+
+def _unlink_buffer(tp_rank: int, master_address: str, master_port: int) -> None:
+    """Remove the name of this rank's shared memory, so that no way to end leaves it behind."""
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{master_address}_{master_port}_{tp_rank}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)

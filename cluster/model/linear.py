@@ -21,7 +21,7 @@ def why_not_packed(dtype: torch.dtype, device: torch.device) -> str:
     """Return why weights of this kind stay as they are; empty where oneDNN packs them."""
     if device.type != "cpu":
         return f"oneDNN packs for the CPU, not for {device.type}"
-    if not torch.backends.mkldnn.is_available():
+    if not torch._C._has_mkldnn:
         return "this torch has no oneDNN"
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no AVX-512 for bfloat16"
@@ -103,4 +103,5 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [..., vocab_size]."""
-        return self._collective.all_gather(self._product(x))[..., : self._vocab_size]
+        logits: Tensor = self._collective.all_gather(self._product(x))
+        return logits[..., : self._vocab_size]

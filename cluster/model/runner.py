@@ -1,7 +1,7 @@
 """Executes steps on one worker's share of a model.
 
-    plan -> token ids, positions, slots -> layers of the stage -> activations for the next stage
-                                                              \\-> logits of the sampled rows -> tokens
+    plan -> token ids, positions, slots -> the stage's layers -> activations for the next stage
+                                                          or -> logits of sampled rows -> tokens
 
 KV cache, one allocation per worker:  [layers, 2 (keys, values), blocks, slots, KV heads, head dim]
 """

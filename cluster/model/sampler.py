@@ -6,8 +6,8 @@ preemption and on another replica.
 
     logits -> penalties -> banned -> temperature -> top-k -> top-p -> min-p -> inverse CDF
 
-The CDF runs in the order of the vocabulary, not of the probabilities: two tokens that swap ranks for
-a difference in the last bit then do not move the others.
+The CDF runs in the order of the vocabulary, not of the probabilities: two tokens that swap ranks
+for a difference in the last bit then do not move the others.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _keep_likeliest(scores_nV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
 def _num_kept(
     scores_nV: Tensor, top_k: Sequence[int], specs: Sequence[SampleSpec], width: int
 ) -> tuple[Tensor, bool]:
-    """Return how many tokens each row keeps, judged by its `width` likeliest; whether that is sure."""
+    """Return how many tokens each row keeps, by its `width` likeliest; whether that is sure."""
     vocab_size = scores_nV.shape[1]
     best_nC = scores_nV.topk(width, dim=-1).values
     odds_nC = (best_nC - best_nC[:, :1]).double().exp_()

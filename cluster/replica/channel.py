@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
 import msgpack
@@ -87,8 +87,8 @@ class ChannelListener:
     ) -> list[Channel]:
         """Return one channel per worker, by index, when each has said that it is ready.
 
-        A worker's first message is ``("ready", index, facts)``. Blocks; `close` from another thread
-        ends the wait.
+        A worker says ``("hello", index)`` at once, so that all can start together and find each
+        other, and later ``("ready", index, facts)``. Blocks; `close` from another thread ends it.
 
         Raises:
             UnavailableError: The listener was closed, or a worker failed while it started.
@@ -99,14 +99,21 @@ class ChannelListener:
                 connection = self._listener.accept()
             except OSError as error:
                 raise UnavailableError("workers did not start") from error
-            except Exception:
+            except Exception:  # a stranger failed the challenge: keep listening
                 continue
             channel = Channel(connection, send_timeout_s=send_timeout_s)
-            kind, index, facts = channel.receive()
-            if kind != "ready":
-                raise UnavailableError(f"worker {index}: {facts}")
+            kind, index = channel.receive()
+            assert kind == "hello", kind
             channels[index] = channel
-            on_ready(index, facts)
+        waiting = list(channels.values())
+        while waiting:
+            for channel in wait(waiting):
+                assert isinstance(channel, Channel)
+                kind, index, facts = channel.receive()
+                if kind != "ready":
+                    raise UnavailableError(f"worker {index}: {facts}")
+                on_ready(index, facts)
+                waiting.remove(channel)
         return [channels[index] for index in range(self._num_workers)]
 
     def close(self) -> None:

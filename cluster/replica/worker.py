@@ -45,6 +45,7 @@ def run_worker(spec: WorkerSpec) -> None:
     channel = connect(
         spec.leader_address, spec.auth_key, send_timeout_s=config.engine.step_timeout_s
     )
+    channel.send("hello", spec.index)
     try:
         runner, pipeline = _join(spec)
     except Exception as error:

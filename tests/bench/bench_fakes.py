@@ -55,6 +55,14 @@ class FakeInference(InferenceServicer):
         )
         return pb.ClusterStatusResponse(replicas=[replica], num_inflight=4, gateway_id="g1")
 
+    def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        num_tokens = request.sampling.max_tokens
+        return pb.GenerateResponse(
+            text="".join(f"t{index} " for index in range(num_tokens)),
+            token_ids=range(num_tokens),
+            finish_reason=pb.FINISH_REASON_LENGTH,
+        )
+
     def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: Any
     ) -> Iterator[pb.GenerateStreamResponse]:

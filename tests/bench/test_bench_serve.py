@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from bench_fakes import FakeInference, serving
 
 from cluster.bench.load import LoadPlan, RequestShape
 from cluster.bench.serve import ServeBench, run_serve_bench
 from cluster.bench.statistics import TRUNCATED
 from cluster.errors import InvalidArgumentError, UnavailableError
+from tests.bench.bench_fakes import FakeInference, serving
 
 pytestmark = pytest.mark.integration
 
@@ -56,9 +56,9 @@ def test_bench_closed_loop_keeps_the_concurrency() -> None:
 
 def test_bench_warmup_is_sent_and_not_counted() -> None:
     fake = FakeInference(["refuse", "refuse", "ok", "ok", "ok"])
-    bench = ServeBench("", LoadPlan(3, None, concurrency=1), SHAPE, num_warmup=2)
+    plan = LoadPlan(3, None, concurrency=1)
     with serving(fake) as address:
-        bench = ServeBench(address, bench.plan, SHAPE, num_warmup=2)
+        bench = ServeBench(address, plan, SHAPE, num_warmup=2)
         result = asyncio.run(run_serve_bench(bench))
     assert result.figures["result"]["status"] == {"OK": 3}
     assert len({tuple(prompt) for prompt in fake.prompts}) == 5
@@ -66,12 +66,12 @@ def test_bench_warmup_is_sent_and_not_counted() -> None:
 
 def test_bench_refuses_what_the_context_cannot_hold() -> None:
     shape = RequestShape(num_input_tokens=500, num_output_tokens=13)
-    bench = LoadPlan(1, None, concurrency=1)
+    plan = LoadPlan(1, None, concurrency=1)
     with (
         serving(FakeInference([])) as address,
         pytest.raises(InvalidArgumentError, match="= 513, limit=512"),
     ):
-        asyncio.run(run_serve_bench(ServeBench(address, bench, shape)))
+        asyncio.run(run_serve_bench(ServeBench(address, plan, shape)))
 
 
 def test_bench_refuses_an_unknown_model() -> None:

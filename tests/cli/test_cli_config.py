@@ -53,7 +53,7 @@ def test_config_table_names_changed_values() -> None:
         ("cache.block_size=0", "cache.block_size=0"),
         ("cache.block_size=many", "cache.block_size='many'"),
         ("cache.block_size", "expected a.b=value"),
-        ("model.path.name=1", "model.path.name"),
+        ("model.path.name=1", "model.path={'name': 1}"),
     ],
 )
 def test_command_refuses_a_wrong_override_in_one_line(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from fakes import Choose, FakeExecutor, expected_answer
-
 from cluster.clock import VirtualClock
 from cluster.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.types import EngineOutput, EngineRequest, FinishReason, SamplingParams
+from tests.fakes import Choose, FakeExecutor, expected_answer
 
 FINGERPRINT = b"model"
 
@@ -105,7 +104,7 @@ class Bench:
         self.engine.check_invariants()
         return outputs
 
-    def run(self, max_steps: int = 2000) -> None:
+    def run(self, max_steps: int = 20_000) -> None:
         """Step until nothing is left."""
         for _ in range(max_steps):
             if not self.engine.has_work:

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from cluster.kvstore.block_hash import block_hashes
 from engine_fakes import make_request
 
 from cluster.engine.sequence import ModelTraits, Sequence, check_request
 from cluster.errors import InvalidArgumentError
+from cluster.kvstore.block_hash import block_hashes
 from cluster.types import EngineRequest, FinishReason
 
 TRAITS = ModelTraits(
@@ -57,6 +57,12 @@ def test_sequence_bans_stops_before_min_tokens() -> None:
     assert sequence.append(9) is None
     spec = sequence.plan(2).sample
     assert spec is not None and spec.banned_token_ids == ()
+
+
+def test_sequence_does_not_stop_before_min_tokens() -> None:
+    sequence = make_sequence(min_tokens=1)
+    assert sequence.append(3) is None
+    assert sequence.append(3) is FinishReason.STOP
 
 
 def test_sequence_bans_only_what_would_stop_it() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from cluster.kvstore.block_hash import block_hashes
 from engine_fakes import FINGERPRINT, Answer, Bench
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.config import EngineConfig
 from cluster.errors import InvalidArgumentError, OverloadedError
+from cluster.kvstore.block_hash import block_hashes
 from cluster.types import FinishReason
 
 VOCAB_SIZE = 12

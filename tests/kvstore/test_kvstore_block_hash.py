@@ -56,9 +56,7 @@ def test_block_hash_incremental_equals_batch(ids, size, cut, fingerprint, salt) 
     cut = min(cut // size, len(batch))
     head = block_hashes(ids[: cut * size], size, fingerprint=fingerprint, salt=salt)
     parent = head[-1] if head else None
-    rest = block_hashes(
-        ids[cut * size :], size, fingerprint=fingerprint, salt=salt, parent=parent
-    )
+    rest = block_hashes(ids[cut * size :], size, fingerprint=fingerprint, salt=salt, parent=parent)
     assert head + rest == batch
 
 

@@ -54,3 +54,11 @@ def test_codec_foreign_fingerprint_is_a_miss(payload, ours, theirs) -> None:
 @given(st.binary(max_size=100), fingerprints)
 def test_codec_anything_else_is_a_miss(data, fingerprint) -> None:
     assert decode_block(data, fingerprint) is None
+
+
+def test_codec_other_version_is_a_miss(monkeypatch) -> None:
+    monkeypatch.setattr("cluster.kvstore.codec.VERSION", 2)
+    newer = encode_block(b"payload", b"model")
+    assert decode_block(newer, b"model") == b"payload"
+    monkeypatch.undo()
+    assert decode_block(newer, b"model") is None

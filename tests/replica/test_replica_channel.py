@@ -22,7 +22,9 @@ def join(listener: ChannelListener, num_workers: int) -> tuple[list[Channel], li
     ends = {}
     for index in reversed(range(num_workers)):
         ends[index] = connect(listener.address, listener.auth_key, send_timeout_s=0.3)
-        ends[index].send("ready", index, {})
+        ends[index].send("hello", index)
+    for index, end in ends.items():
+        end.send("ready", index, {})
     return accepting.result(timeout=5), [ends[index] for index in range(num_workers)]
 
 
@@ -63,6 +65,7 @@ def test_stranger_without_the_key_is_refused_and_disturbs_nobody() -> None:
     with pytest.raises(UnavailableError):
         connect(listener.address, b"wrong", send_timeout_s=1)
     worker = connect(listener.address, listener.auth_key, send_timeout_s=1)
+    worker.send("hello", 0)
     worker.send("ready", 0, {})
     (leader,) = accepting.result(timeout=5)
     listener.close()
@@ -87,6 +90,7 @@ def test_worker_that_fails_to_start_is_reported_with_its_reason() -> None:
     pool = ThreadPoolExecutor(1)
     accepting = pool.submit(listener.accept_all, send_timeout_s=1, on_ready=lambda i, f: None)
     worker = connect(listener.address, listener.auth_key, send_timeout_s=1)
+    worker.send("hello", 0)
     worker.send("failed", 0, "no such file")
     with pytest.raises(UnavailableError, match="worker 0: no such file"):
         accepting.result(timeout=5)

@@ -1,0 +1,202 @@
+"""A leader without an engine, and what a gateway needs around it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from cluster.client import AsyncClient
+from cluster.clock import WallClock
+from cluster.config import ClusterConfig, parse_config
+from cluster.gateway.grpc_server import GatewayServer
+from cluster.kvstore.embedded import EmbeddedStore
+from cluster.kvstore.registry import Registry
+from cluster.rpc import convert
+from cluster.rpc.sluice.internal.v1 import engine_pb2 as pb
+from cluster.rpc.sluice.internal.v1 import engine_pb2_grpc
+from cluster.types import (
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    ReplicaInfo,
+    ReplicaLoad,
+    SampledToken,
+)
+
+FINGERPRINT = b"\x07" * 16
+BLOCK_SIZE = 16
+END_OF_TEXT = 0
+
+
+class FakeLeader(engine_pb2_grpc.EngineServicer):
+    """Answers every request with `script`, over and over, one token per step.
+
+    Attributes are changed by tests while it serves.
+    """
+
+    def __init__(self, replica_id: str = "replica-1", max_model_len: int = 512) -> None:
+        self.replica_id = replica_id
+        self.max_model_len = max_model_len
+        self.script: Sequence[SampledToken] = [SampledToken(token) for token in range(64, 96)]
+        self.step_s = 0.0
+        self.max_steps: int | None = None  # then the request hangs
+        self.refusal = ""  # "CODE: message" for all new requests
+        self.load = ReplicaLoad(num_blocks=100, num_free_blocks=100)
+        self.submitted: list[EngineRequest] = []
+        self.cancelled: list[str] = []
+        self.num_live = 0
+        self.num_watches = 0
+        self.watches: list[asyncio.Queue[pb.WatchResponse]] = []
+        self.is_silent = False  # accepts watches, says nothing
+        self.blocks: list[int] = []
+
+    async def start(self) -> ReplicaInfo:
+        self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        engine_pb2_grpc.add_EngineServicer_to_server(self, self.server)
+        port = self.server.add_insecure_port("127.0.0.1:0")
+        await self.server.start()
+        return ReplicaInfo(
+            replica_id=self.replica_id,
+            address=f"127.0.0.1:{port}",
+            model="sluice-demo",
+            fingerprint=FINGERPRINT.hex(),
+            tp=1,
+            pp=1,
+            block_size=BLOCK_SIZE,
+            max_model_len=self.max_model_len,
+            pid=4242,
+        )
+
+    async def die(self) -> None:
+        await self.server.stop(None)
+
+    def push(self, **fields: Any) -> None:
+        """Send every watcher a message."""
+        for queue in self.watches:
+            queue.put_nowait(pb.WatchResponse(**fields))
+
+    def push_load(self, load: ReplicaLoad, seq: int = 1) -> None:
+        self.load = load
+        self.push(seq=seq, load=convert.load_to_proto(load))
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        self.num_watches += 1
+        queue: asyncio.Queue[pb.WatchResponse] = asyncio.Queue()
+        if not self.is_silent:
+            queue.put_nowait(
+                pb.WatchResponse(
+                    is_snapshot=True, added=self.blocks, load=convert.load_to_proto(self.load)
+                )
+            )
+        self.watches.append(queue)
+        try:
+            while True:
+                await context.write(await queue.get())
+        finally:
+            self.watches.remove(queue)
+
+    async def Session(self, commands: AsyncIterator[pb.SessionRequest], context: Any) -> None:
+        tasks: dict[str, asyncio.Task[None]] = {}
+        try:
+            async for command in commands:
+                if command.HasField("submit"):
+                    request = convert.submit_from_proto(command.submit)
+                    self.submitted.append(request)
+                    tasks[request.request_id] = asyncio.create_task(self._answer(request, context))
+                else:
+                    self.cancelled.append(command.cancel.request_id)
+                    tasks[command.cancel.request_id].cancel()
+        finally:
+            for task in tasks.values():
+                task.cancel()
+
+    async def _answer(self, request: EngineRequest, context: Any) -> None:
+        self.num_live += 1
+        try:
+            if self.refusal:
+                await self._send(context, EngineOutput(request.request_id, error=self.refusal))
+                return
+            for step in range(request.sampling.max_tokens):
+                if self.max_steps is not None and step >= self.max_steps:
+                    await asyncio.sleep(3600)
+                await asyncio.sleep(self.step_s)
+                token = self.script[step % len(self.script)]
+                is_last = step + 1 == request.sampling.max_tokens
+                reason = FinishReason.LENGTH if is_last else None
+                if token.token_id == END_OF_TEXT and not request.sampling.ignore_eos:
+                    reason = FinishReason.STOP
+                output = EngineOutput(request.request_id, (token,), 3, finish_reason=reason)
+                await self._send(context, output)
+                if reason is not None:
+                    return
+        finally:
+            self.num_live -= 1
+
+    async def _send(self, context: Any, output: EngineOutput) -> None:
+        await context.write(pb.SessionResponse(outputs=[convert.output_to_proto(output)]))
+
+
+class Stage:
+    """A gateway, its store, and leaders."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+        self.store = EmbeddedStore(config.store, clock=WallClock())
+        self.registry = Registry(self.store)
+        self.server = GatewayServer(config, store=self.store, gateway_id="gateway-1")
+        self.leaders: list[FakeLeader] = []
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    async def add(self, leader: FakeLeader) -> FakeLeader:
+        """Start a leader, register it, wait until the gateway routes to it."""
+        info = await leader.start()
+        self.leaders.append(leader)
+        await self.registry.register(info, 3600)
+        if self.port:
+            await self.wait_state(leader.replica_id, "ready")
+        return leader
+
+    async def wait_state(self, replica_id: str, state: str | None) -> None:
+        """Return once the gateway reports the state; None is unknown."""
+
+        async def is_so(client: AsyncClient) -> bool:
+            replicas = {r.replica_id: r.state for r in (await client.status()).replicas}
+            return replicas.get(replica_id) == state
+
+        async with AsyncClient(self.address) as client:
+            await eventually(lambda: is_so(client))
+
+
+async def eventually(condition: Any, timeout_s: float = 10.0) -> None:
+    """Return once `condition()`, plain or awaitable, is true."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            result = condition()
+            if await result if asyncio.iscoroutine(result) else result:
+                return
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def stage(*leaders: FakeLeader, **gateway: Any) -> AsyncIterator[Stage]:
+    """Run a gateway in front of leaders; what a test left running is ended."""
+    replica = gateway.pop("replica", {})
+    config = parse_config({"gateway": {"port": 0, **gateway}, "replica": replica})
+    running = Stage(config)
+    running.port = await running.server.start()
+    try:
+        for leader in leaders:
+            await running.add(leader)
+        yield running
+    finally:
+        await running.server.stop(0.0)
+        for leader in running.leaders:
+            await leader.server.stop(None)

@@ -1,0 +1,86 @@
+"""What is the actor's own: its death, its restart, its silence."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from kvstore_kinds import fresh_namespace, wait_for_store
+
+from cluster.config import StoreConfig
+from cluster.errors import OverloadedError, UnavailableError
+from cluster.kvstore.embedded import MAX_JOURNAL_BYTES
+from cluster.kvstore.embedded_actor import (
+    EmbeddedStoreClient,
+    delete_actor,
+    get_or_create_actor,
+)
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture
+def config() -> Iterator[StoreConfig]:
+    config = StoreConfig.model_validate({"namespace": fresh_namespace(), "timeout_s": 1.0})
+    yield config
+    delete_actor(config.namespace)
+
+
+async def _open(config: StoreConfig) -> EmbeddedStoreClient:
+    store = EmbeddedStoreClient(get_or_create_actor(config), config.timeout_s)
+    await wait_for_store(store, 30.0)
+    return store
+
+
+async def _pid(store: EmbeddedStoreClient) -> int:
+    return int(await store._actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+async def test_actor_that_is_silent_costs_one_deadline(config: StoreConfig) -> None:
+    store = await _open(config)
+    await store.append_journal("r", [b"entry"])
+    pid = await _pid(store)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        start_s = time.monotonic()
+        with pytest.raises(UnavailableError, match=r"read_journal.*store\.timeout_s=1"):
+            await store.read_journal("r")
+        assert 0.9 < time.monotonic() - start_s < 1.5
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert await store.read_journal("r") == [b"entry"]
+
+
+async def test_actor_killed_is_unavailable_and_comes_back_empty(config: StoreConfig) -> None:
+    store = await _open(config)
+    await store.append_journal("r", [b"entry"])
+    os.kill(await _pid(store), signal.SIGKILL)
+    with pytest.raises(UnavailableError):
+        await store.read_journal("r")
+    await wait_for_store(store, 30.0)
+    assert await store.read_journal("r") == []
+    assert await store.append_journal("r", [b"again"]) == 1
+
+
+async def test_actor_deleted_is_gone_and_may_be_deleted_again(config: StoreConfig) -> None:
+    store = await _open(config)
+    delete_actor(config.namespace)
+    with pytest.raises(UnavailableError):
+        await store.ping()
+    for _ in range(10):  # it does not restart
+        await asyncio.sleep(0.05)
+        with pytest.raises(UnavailableError):
+            await store.ping()
+    delete_actor(config.namespace)
+    assert await (await _open(config)).read_journal("r") == []
+
+
+async def test_actor_refusal_keeps_its_type(config: StoreConfig) -> None:
+    store = await _open(config)
+    half = bytes(MAX_JOURNAL_BYTES // 2)
+    with pytest.raises(OverloadedError, match="journal r"):
+        await store.append_journal("r", [half, half])

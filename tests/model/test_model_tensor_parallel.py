@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model_fakes import drive, greedy_spec, make_runner, prompts, run_pipeline, save_model, spec
+
+from cluster.errors import ConfigError
+from cluster.model.collective import NoCollective, check_compiler, init_tensor_parallel
+from cluster.model.runner import ShardSpec
+from cluster.step import StepPlan
+from cluster.types import SampledToken
+
+FAMILIES = ("llama", "qwen3", "phi", "gemma2")  # the last one is tied
+NUM_TOKENS = 16
+TIMEOUT_S = 240
+
+
+def sampled_spec(position: int) -> Any:
+    return spec(position=position, seed=5, temperature=0.7, top_k=20, top_p=0.95)
+
+
+def run_rank(tp_rank: int, port: int, folders: list[str], tokens: Any, results: Any) -> None:
+    """Drive one rank: rank 0 samples, the other one learns the tokens from it."""
+    torch.set_num_threads(1)
+    collective = init_tensor_parallel(tp_rank, 2, port)
+    for folder in folders:
+        shard = ShardSpec(tp_rank, 2, 0, 1)
+        runner = make_runner(Path(folder), shard=shard, collective=collective)
+
+        def step(plan: StepPlan, runner: Any = runner) -> dict[int, SampledToken]:
+            own: dict[int, SampledToken] = runner.execute(plan, None)
+            if tp_rank > 0:
+                assert own == {}
+                return dict(tokens.get(timeout=TIMEOUT_S))
+            tokens.put(own)
+            return own
+
+        for make_spec in (greedy_spec, sampled_spec):
+            output = drive(step, prompts(), NUM_TOKENS, make_spec=make_spec)
+            if tp_rank == 0:
+                results.put(output)
+
+
+@pytest.mark.integration
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    folders = [save_model(family, tmp_path / family) for family in FAMILIES]
+    expected = []
+    for folder in folders:
+        step = run_pipeline([make_runner(folder)])
+        for make_spec in (greedy_spec, sampled_spec):
+            expected.append(drive(step, prompts(), NUM_TOKENS, make_spec=make_spec))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    tokens, results = context.Queue(), context.Queue()
+    ranks = [
+        context.Process(
+            target=run_rank, args=(rank, port, [str(f) for f in folders], tokens, results)
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        assert [results.get(timeout=TIMEOUT_S) for _ in expected] == expected
+        for rank in ranks:
+            rank.join(TIMEOUT_S)
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+        assert not list(Path("/dev/shm").glob(f"*_{port}_*"))
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def test_one_rank_needs_no_process_group() -> None:
+    assert isinstance(init_tensor_parallel(0, 1, 0), NoCollective)
+    assert not torch.distributed.is_initialized()
+
+
+def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"g\+\+ not found.*install g\+\+"):
+        check_compiler()
