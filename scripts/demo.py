@@ -175,12 +175,13 @@ async def show_live(
     """Redraw the text of the first stream and the table of all."""
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
-            live.update(Group(text_panel(streams[0]), streams_table(streams)), refresh=True)
+            num_lines = max(4, console.height - len(streams) - 5)  # what the table leaves
+            panel = text_panel(streams[0], num_lines)
+            live.update(Group(panel, streams_table(streams)), refresh=True)
             if all(task.done() for task in tasks):
                 break
             await asyncio.sleep(1 / REFRESH_PER_S)
-    console.print(text_panel(streams[0], num_lines=None))
-    console.print(streams_table(streams))
+    console.print(text_panel(streams[0]), streams_table(streams))
 
 
 async def show_lines(
@@ -196,14 +197,14 @@ async def show_lines(
                 line = f"{stream.state:>7} {stream.num_tokens:4} tokens  {stream.label}"
                 console.print(f"{line} {stream.error}".rstrip(), markup=False, highlight=False)
         await asyncio.sleep(0.05)
-    console.print(text_panel(streams[0], num_lines=None))
+    console.print(text_panel(streams[0]))
 
 
-def text_panel(stream: Stream, num_lines: int | None = 12) -> Panel:
-    """Return the end of a stream's text in a frame, the prompt dimmed."""
+def text_panel(stream: Stream, num_lines: int = 0) -> Panel:
+    """Return prompt, dimmed, and text in a frame: the last lines, or with 0 all of them."""
     text = Text.assemble((stream.prompt, "dim"), stream.text)
     lines = text.split("\n", allow_blank=True)
-    return Panel(Text("\n").join(lines[-num_lines:] if num_lines else lines), title=stream.label)
+    return Panel(Text("\n").join(lines[-num_lines:]), title=stream.label)
 
 
 def streams_table(streams: list[Stream]) -> Table:

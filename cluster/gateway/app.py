@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -17,7 +18,6 @@ import ray
 from ray import serve
 
 from cluster.autoscaler.actuator import environment, scaling_options
-from cluster.client import Client
 from cluster.config import ClusterConfig, parse_config
 from cluster.errors import ConfigError, SluiceError, UnavailableError
 from cluster.gateway.grpc_server import GatewayServer
@@ -26,36 +26,45 @@ from cluster.kvstore.open import open_store
 from cluster.model.checkpoint import check_layout, inspect_checkpoint
 from cluster.model.collective import check_compiler
 from cluster.replica.placement import group_num_cpus
-from cluster.replica.ray_actors import group_deployment
+from cluster.replica.ray_actors import WILDCARD_HOSTS, group_deployment
 
 logger = logging.getLogger(__name__)
 
 APP_NAME = "sluice"
 GATEWAY_LEASES = "gateway"
 GATEWAY_NUM_CPUS = 0.1
+LEASE_INTERVAL_S = 0.25  # how soon a starting cluster is seen to be ready
 
 
 class Gateway:
     """The Serve deployment: one replica of it is one gateway."""
 
-    async def __init__(self, config: dict[str, Any], groups: Any) -> None:
+    async def __init__(self, config: dict[str, Any], groups: Any) -> None:  # type: ignore[misc] # Serve awaits it
         del groups  # Serve deploys them with the gateway; requests do not go through the handle
         self._config = parse_config(config)
         self._store = open_store(self._config.store)
         self._gateway_id = serve.get_replica_context().replica_id.unique_id
         self._server = GatewayServer(self._config, store=self._store, gateway_id=self._gateway_id)
         port = await self._server.start()
-        self._address = f"{self._config.gateway.host}:{port}"
+        host = self._config.gateway.host
+        if host in WILDCARD_HOSTS:
+            host = ray.util.get_node_ip_address()
+        self._address = f"{host}:{port}"
         self._lease = asyncio.create_task(self._keep_lease())
 
     async def _keep_lease(self) -> None:
         ttl_s = self._config.replica.lease_ttl_s
         while True:
+            lease = {"address": self._address, "num_replicas": self._server.num_replicas}
             with contextlib.suppress(SluiceError):  # tried again; nobody depends on this lease
                 await self._store.put_lease(
-                    GATEWAY_LEASES, self._gateway_id, self._address.encode(), ttl_s
+                    GATEWAY_LEASES, self._gateway_id, json.dumps(lease).encode(), ttl_s
                 )
-            await asyncio.sleep(ttl_s / 4)
+            await asyncio.sleep(LEASE_INTERVAL_S)
+
+    def check_health(self) -> None:
+        """Tell Serve whether this gateway serves."""
+        self._server.check_health()
 
     async def __del__(self) -> None:
         """Let streams finish, then end: Serve calls this on scale-down, upgrade and shutdown."""
@@ -199,8 +208,10 @@ def start(
             deadline_s,
             lambda: serve.run(build(config.model_dump()), name=APP_NAME, route_prefix=None),
         )
-        address = asyncio.run(_find_gateway(config, deadline_s))
-        _wait_ready(config, address, deadline_s, tell)
+        scaling = config.replica.autoscaling
+        num_groups = scaling.min_replicas if scaling else config.replica.num_replicas
+        tell(f"waiting for {num_groups} replica groups")
+        address = asyncio.run(_find_gateway(config, num_groups, deadline_s))
     except BaseException:
         _stop(config, owns_ray=owns_ray)
         raise
@@ -241,35 +252,22 @@ def _run_until(deadline_s: float, call: Callable[[], Any]) -> None:
         pool.shutdown(wait=False)
 
 
-async def _find_gateway(config: ClusterConfig, deadline_s: float) -> str:
+async def _find_gateway(config: ClusterConfig, num_groups: int, deadline_s: float) -> str:
+    """Return the address of the first gateway that has connected to enough replica groups."""
     store = open_store(config.store)
     try:
         while time.monotonic() < deadline_s:
             with contextlib.suppress(UnavailableError):
-                for address in (await store.list_leases(GATEWAY_LEASES)).values():
-                    host, _, port = address.decode().rpartition(":")
-                    return f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+                for value in (await store.list_leases(GATEWAY_LEASES)).values():
+                    lease = json.loads(value)
+                    if lease["num_replicas"] >= num_groups:
+                        return str(lease["address"])
             await asyncio.sleep(0.1)
     finally:
         await store.close()
-    raise UnavailableError("no gateway registered in time: see Ray's logs")
-
-
-def _wait_ready(
-    config: ClusterConfig, address: str, deadline_s: float, tell: Callable[[str], None]
-) -> None:
-    scaling = config.replica.autoscaling
-    expected = scaling.min_replicas if scaling else config.replica.num_replicas
-    tell(f"waiting for {expected} replica groups")
-    ca_file = config.gateway.tls_cert or None
-    with Client(address, ca_file=ca_file) as client:
-        while time.monotonic() < deadline_s:
-            with contextlib.suppress(SluiceError):
-                ready = [r for r in client.status().replicas if r.state == "ready"]
-                if len(ready) >= expected:
-                    return
-            time.sleep(0.1)
-    raise UnavailableError(f"{expected} replica groups were not ready in time: see Ray's logs")
+    raise UnavailableError(
+        f"no gateway reached {num_groups} replica groups in time: see Ray's logs"
+    )
 
 
 def _stop(config: ClusterConfig, *, owns_ray: bool) -> None:

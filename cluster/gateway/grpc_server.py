@@ -61,6 +61,11 @@ class GatewayServer:
         """Requests that have not ended."""
         return self._admission.num_inflight
 
+    @property
+    def num_replicas(self) -> int:
+        """Replica groups that this gateway is connected to."""
+        return len(self._fleet.table)
+
     def check_health(self) -> None:
         """Raise where this gateway serves nobody any more.
 

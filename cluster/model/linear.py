@@ -78,7 +78,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the whole product on every rank, [..., O]."""
-        out = self._product(x)
+        out: Tensor = self._product(x)
         self._collective.all_reduce_(out)
         return out if self._bias_O is None else out.add_(self._bias_O)
 

@@ -59,7 +59,7 @@ def load_stage(info: ModelInfo, placement: Placement) -> Stage:
     check_layout(info, shard.tp, shard.pp)
     layers = stage_layers(info, shard.pp)[shard.pp_rank]
     model = build_stage(Path(info.folder), placement.dtype, layers, shard)
-    source = open_source(model, Path(info.folder), placement.dtype)
+    source = open_source(model, Path(info.folder), placement.dtype, shard.tp)
     _Filler(model, info.tp_plan, placement, source).fill()
     reason = why_not_packed(placement.dtype, placement.device)
     logger.info(

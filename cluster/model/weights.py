@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,10 +58,7 @@ class SafetensorsSource:
             ConfigError: The checkpoint has no such tensor.
         """
         if name not in self._index:
-            raise ConfigError(
-                f"model.path={self._folder}: no tensor {name}; get the checkpoint again",
-                field="model.path",
-            )
+            raise _no_tensor(self._folder, name)
         return self._index[name].shape
 
     def read(self, name: str, part: slice = slice(None), axis: int = 0) -> Tensor:
@@ -97,27 +96,57 @@ class ModuleSource:
         return tensor[(slice(None),) * axis + (part,)] if tensor.ndim else tensor
 
 
-def open_source(model: Any, folder: Path, dtype: torch.dtype) -> WeightSource:
+def open_source(model: Any, folder: Path, dtype: torch.dtype, tp: int) -> WeightSource:
     """Return a source for the parameters of `model`.
 
     Args:
         model: Causal LM of transformers, cut to its stage; its parameters' names are looked up.
         folder: Of the checkpoint.
         dtype: That transformers loads in, where it has to.
+        tp: Ranks that share the tensors.
 
     Raises:
-        ConfigError: A file is missing or damaged.
+        ConfigError: A file or tensor is missing, or only transformers knows how to read the
+            checkpoint and there are several ranks: each would hold all of it.
     """
     source = SafetensorsSource(folder)
     tied = model.all_tied_weights_keys
-    if all(source.has(tied.get(name, name)) for name, _ in model.named_parameters()):
+    names = [name for name, _ in model.named_parameters()]
+    strange = [name for name in names if not source.has(tied.get(name, name))]
+    if not strange:
         return source
+    if tp > 1:
+        raise ConfigError(
+            f"parallel.tp={tp}: the checkpoint in {folder} has no tensor {strange[0]} to read "
+            "slices of; use parallel.tp=1 or write it anew with transformers' save_pretrained",
+            field="parallel.tp",
+        )
     logger.info("%s: its tensors are named or fused differently: transformers loads it", folder)
+    with _quiet_transformers():
+        whole, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise _no_tensor(folder, missing[0])
+    return ModuleSource(whole.state_dict())
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep progress bars and load reports off the terminal; what matters in them is an error."""
     shows_progress = transformers_logging.is_progress_bar_enabled()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
-        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shows_progress:
             transformers_logging.enable_progress_bar()
-    return ModuleSource(whole.state_dict())
+
+
+def _no_tensor(folder: Path, name: str) -> ConfigError:
+    return ConfigError(
+        f"model.path={folder}: no tensor {name}; get the checkpoint again", field="model.path"
+    )

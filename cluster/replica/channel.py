@@ -10,9 +10,9 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Client, Connection, Listener, wait
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 
@@ -107,8 +107,7 @@ class ChannelListener:
             channels[index] = channel
         waiting = list(channels.values())
         while waiting:
-            for channel in wait(waiting):
-                assert isinstance(channel, Channel)
+            for channel in wait_readable(waiting, timeout_s=None):
                 kind, index, facts = channel.receive()
                 if kind != "ready":
                     raise UnavailableError(f"worker {index}: {facts}")
@@ -123,6 +122,11 @@ class ChannelListener:
         self._listener.close()
 
 
+def wait_readable(channels: Iterable[Channel], timeout_s: float | None) -> list[Channel]:
+    """Return the channels that have a message or have lost their peer; none if time is over."""
+    return cast("list[Channel]", wait(cast("Any", list(channels)), timeout_s))
+
+
 def connect(address: tuple[str, int], auth_key: bytes, *, send_timeout_s: float) -> Channel:
     """Return a worker's channel to its leader.
 
@@ -130,7 +134,7 @@ def connect(address: tuple[str, int], auth_key: bytes, *, send_timeout_s: float)
         UnavailableError: Nobody listens there, or not with this key.
     """
     try:
-        connection = Client(tuple(address), authkey=auth_key)
+        connection = Client((address[0], address[1]), authkey=auth_key)
     except Exception as error:
         raise UnavailableError(f"leader at {address[0]}:{address[1]}: {error}") from error
     return Channel(connection, send_timeout_s=send_timeout_s)

@@ -7,11 +7,10 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
 from cluster.errors import UnavailableError
-from cluster.replica.channel import Channel
+from cluster.replica.channel import Channel, wait_readable
 from cluster.step import StepPlan, StepResult
 
 if TYPE_CHECKING:  # a leader of worker processes needs no torch
@@ -87,13 +86,12 @@ class GroupExecutor:
         """
         deadline_s = time.monotonic() + timeout_s
         while not self._results:
-            ready = wait(self._channels, timeout=max(0.0, deadline_s - time.monotonic()))
+            ready = wait_readable(self._channels, max(0.0, deadline_s - time.monotonic()))
             if not ready:
                 raise UnavailableError(
                     f"step took longer than engine.step_timeout_s={timeout_s:g}: a worker hangs"
                 )
             for channel in ready:
-                assert isinstance(channel, Channel)
                 self._read(channel)
         return self._results.popleft()
 

@@ -41,6 +41,8 @@ class Leader:
         executor: Computes the steps; belongs to the leader.
         store: Where the group registers.
         replica_id: New after every restart.
+        node_id: Of the Ray node that the leader runs on.
+        public_host: Address under which gateways reach the leader.
         on_end: Called once when the group is over, with the reason of a failure or "".
     """
 
@@ -53,6 +55,7 @@ class Leader:
         store: Store,
         replica_id: str,
         node_id: str,
+        public_host: str,
         on_end: Callable[[str], None],
     ) -> None:
         self._config = config
@@ -61,6 +64,7 @@ class Leader:
         self._registry = Registry(store)
         self._replica_id = replica_id
         self._node_id = node_id
+        self._public_host = public_host
         self._on_end = on_end
         self._load = ReplicaLoad()
         self._tasks: list[asyncio.Task[None]] = []
@@ -86,7 +90,7 @@ class Leader:
         for index in range(self._config.parallel.world_size):
             self.lifecycle.worker_ready(index)
         self._loop = self._make_loop()
-        engine_pb2_grpc.add_EngineServicer_to_server(self._servicer, self._server)
+        engine_pb2_grpc.add_EngineServicer_to_server(self._servicer, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port(f"{self._config.replica.host}:0")
         await self._server.start()
         self._servicer.serve(self._loop)
@@ -113,10 +117,17 @@ class Leader:
             clock=WallClock(),
         )
         main = asyncio.get_running_loop()
+
+        def publish(update: EngineUpdate) -> None:
+            main.call_soon_threadsafe(self._apply, update)
+
+        def fail(reason: str) -> None:
+            main.call_soon_threadsafe(self.fail, reason)
+
         return EngineLoop(
             engine,
-            publish=lambda update: main.call_soon_threadsafe(self._apply, update),
-            fail=lambda reason: main.call_soon_threadsafe(self.fail, reason),
+            publish=publish,
+            fail=fail,
             load_interval_s=config.replica.load_interval_s,
             max_commands=config.engine.max_num_waiting,
         )
@@ -125,7 +136,7 @@ class Leader:
         config = self._config
         return ReplicaInfo(
             replica_id=self._replica_id,
-            address=f"{config.replica.host}:{port}",
+            address=f"{self._public_host}:{port}",
             model=config.model.served_name,
             fingerprint=self._fingerprint.hex(),
             tp=config.parallel.tp,

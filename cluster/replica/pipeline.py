@@ -9,10 +9,10 @@ way.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore, Work
+from torch import Tensor, distributed
 
 
 class Pipeline:
@@ -31,11 +31,14 @@ class Pipeline:
         self, *, host: str, port: int, index: int, tp: int, pp: int, timeout_s: float
     ) -> None:
         timeout = timedelta(seconds=timeout_s)
-        store = TCPStore(host, port, tp * pp, is_master=index == 0, timeout=timeout)
-        self._group = ProcessGroupGloo(PrefixStore("pipeline", store), index, tp * pp, timeout)
+        gloo: Any = distributed  # torch's stubs lack these classes and their methods
+        store = gloo.TCPStore(host, port, tp * pp, is_master=index == 0, timeout=timeout)
+        self._group = gloo.ProcessGroupGloo(
+            gloo.PrefixStore("pipeline", store), index, tp * pp, timeout
+        )
         self._previous = index - tp
         self._next = index + tp
-        self._sending: tuple[Work, Tensor] | None = None  # gloo reads the tensor until it is done
+        self._sending: tuple[Any, Tensor] | None = None  # gloo reads the tensor until it is done
 
     def send(self, hidden_TD: Tensor) -> None:
         """Send to the next stage; waits only for the transfer before this one."""

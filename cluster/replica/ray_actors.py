@@ -35,6 +35,7 @@ from cluster.replica.worker import WorkerSpec, run_worker
 
 logger = logging.getLogger(__name__)
 
+WILDCARD_HOSTS = ("0.0.0.0", "::", "[::]")  # to listen on; others call the node's address
 STOP_MARGIN_S = 10.0  # beyond the drain's time, to end the processes
 
 
@@ -57,7 +58,7 @@ class WorkerActor:
 class ReplicaGroup:
     """The Serve deployment: one replica of it is one group."""
 
-    async def __init__(self, config: dict[str, Any]) -> None:
+    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         self._config = parse_config(config)
         self._workers: list[Any] = []
         self._watchers: list[asyncio.Task[None]] = []
@@ -65,6 +66,7 @@ class ReplicaGroup:
         context = serve.get_replica_context()
         model = inspect_checkpoint(self._config.model.folder)
         executor = await self._make_executor(model)
+        host = self._config.replica.host
         self._store = open_store(self._config.store)
         self._leader = Leader(
             self._config,
@@ -73,6 +75,7 @@ class ReplicaGroup:
             store=self._store,
             replica_id=context.replica_id.unique_id,
             node_id=ray.get_runtime_context().get_node_id(),
+            public_host=ray.util.get_node_ip_address() if host in WILDCARD_HOSTS else host,
             on_end=self._end,
         )
         self.info = await self._leader.start()

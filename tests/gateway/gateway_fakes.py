@@ -100,13 +100,23 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
             self.watches.remove(queue)
 
     async def Session(self, commands: AsyncIterator[pb.SessionRequest], context: Any) -> None:
+        outputs: asyncio.Queue[EngineOutput] = asyncio.Queue()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._read(commands, outputs))
+            while True:  # one writer: gRPC takes one message at a time
+                output = convert.output_to_proto(await outputs.get())
+                await context.write(pb.SessionResponse(outputs=[output]))
+
+    async def _read(
+        self, commands: AsyncIterator[pb.SessionRequest], outputs: asyncio.Queue[EngineOutput]
+    ) -> None:
         tasks: dict[str, asyncio.Task[None]] = {}
         try:
             async for command in commands:
                 if command.HasField("submit"):
                     request = convert.submit_from_proto(command.submit)
                     self.submitted.append(request)
-                    tasks[request.request_id] = asyncio.create_task(self._answer(request, context))
+                    tasks[request.request_id] = asyncio.create_task(self._answer(request, outputs))
                 else:
                     self.cancelled.append(command.cancel.request_id)
                     tasks[command.cancel.request_id].cancel()
@@ -114,11 +124,11 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
             for task in tasks.values():
                 task.cancel()
 
-    async def _answer(self, request: EngineRequest, context: Any) -> None:
+    async def _answer(self, request: EngineRequest, outputs: asyncio.Queue[EngineOutput]) -> None:
         self.num_live += 1
         try:
             if self.refusal:
-                await self._send(context, EngineOutput(request.request_id, error=self.refusal))
+                outputs.put_nowait(EngineOutput(request.request_id, error=self.refusal))
                 return
             for step in range(request.sampling.max_tokens):
                 if self.max_steps is not None and step >= self.max_steps:
@@ -129,15 +139,11 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
                 reason = FinishReason.LENGTH if is_last else None
                 if token.token_id == END_OF_TEXT and not request.sampling.ignore_eos:
                     reason = FinishReason.STOP
-                output = EngineOutput(request.request_id, (token,), 3, finish_reason=reason)
-                await self._send(context, output)
+                outputs.put_nowait(EngineOutput(request.request_id, (token,), 3, reason))
                 if reason is not None:
                     return
         finally:
             self.num_live -= 1
-
-    async def _send(self, context: Any, output: EngineOutput) -> None:
-        await context.write(pb.SessionResponse(outputs=[convert.output_to_proto(output)]))
 
 
 class Stage:

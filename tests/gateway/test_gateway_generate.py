@@ -319,7 +319,7 @@ async def test_unknown_engine_error_is_internal() -> None:
             await client.generate("x")
 
 
-async def test_slow_reader_gets_fewer_larger_deltas() -> None:
+async def test_streams_share_one_session() -> None:
     leader = FakeLeader()
     async with stage(leader) as running, AsyncClient(running.address) as client:
         streams = [client.generate("x", sampling={"max_tokens": 200}) for _ in range(8)]

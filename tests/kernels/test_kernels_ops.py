@@ -20,6 +20,11 @@ MIXED = [(1, 0), (5, 0), (1, 30), (9, 7), (1, 3), (16, 0), (1, 12), (2, 33)]
 DECODES = [(1, 0), (1, 40), (1, 3), (1, 17), (1, 18)]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
 def make_spans(lengths: list[tuple[int, int]]) -> list[SequenceSpan]:
     blocks = list(range(NUM_BLOCKS))
     random.Random(1).shuffle(blocks)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
-from kvstore_kinds import Kind
+from kvstore_kinds import Kind, fresh_namespace
 
-from cluster.clock import VirtualClock
+from cluster.clock import VirtualClock, WallClock
+from cluster.config import StoreConfig
 from cluster.kvstore.embedded import EmbeddedStore
 from cluster.kvstore.open import open_store
+from cluster.kvstore.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,33 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def store_actors(ray_cluster: None) -> Iterator[list[Any]]:
+    """Two store actors, started once: a test gets them as new, not new processes."""
+    from cluster.kvstore.embedded_actor import delete_actor, get_or_create_actor
+
+    configs = [StoreConfig.model_validate({"namespace": fresh_namespace()}) for _ in range(2)]
+    yield [get_or_create_actor(config) for config in configs]
+    for config in configs:
+        delete_actor(config.namespace)
+
+
+def _actor_kind(actors: list[Any]) -> Kind:
+    import ray
+
+    from cluster.kvstore.embedded_actor import EmbeddedStoreClient
+
+    unused = iter(actors)
+
+    def make(config: StoreConfig) -> Store:
+        actor = next(unused)
+        begun_anew = actor.__ray_call__.remote(EmbeddedStore.__init__, config, WallClock())
+        ray.get(begun_anew, timeout=60.0)
+        return EmbeddedStoreClient(actor, config.timeout_s)
+
+    return Kind("actor", make, asyncio.sleep)
 
 
 @pytest.fixture(
@@ -49,14 +79,9 @@ async def kind(request: pytest.FixtureRequest) -> AsyncIterator[Kind]:
         server = request.getfixturevalue("redis_server")
         kind = Kind("redis", open_store, asyncio.sleep, server.url)
     else:
-        request.getfixturevalue("ray_cluster")
-        kind = Kind("actor", open_store, asyncio.sleep)
+        kind = _actor_kind(request.getfixturevalue("store_actors"))
     yield kind
-    for namespace, store in kind.opened.items():
+    for store in kind.opened:
         await store.close()
         if isinstance(store, EmbeddedStore):
             store.check_invariants()
-        if kind.name == "actor":
-            from cluster.kvstore.embedded_actor import delete_actor
-
-            delete_actor(namespace)

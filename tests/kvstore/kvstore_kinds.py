@@ -41,11 +41,11 @@ class Kind:
     make: Callable[[StoreConfig], Store]
     elapse: Callable[[float], Awaitable[None]]
     url: str = "embedded"
-    opened: dict[str, Store] = field(default_factory=dict)  # by namespace
+    opened: list[Store] = field(default_factory=list)
 
     async def open(self, **knobs: Any) -> Store:
         knobs = {"namespace": fresh_namespace(), "timeout_s": 5.0} | knobs
         store = self.make(StoreConfig(url=self.url, **knobs))
-        self.opened[knobs["namespace"]] = store
+        self.opened.append(store)
         await wait_for_store(store, 30.0)
         return store

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 
-import pytest
 from kvstore_kinds import Kind
 
 from cluster.kvstore.budget import block_cost
 from cluster.kvstore.store import Store
 
 BUDGET_BYTES = 2**20
-TTL_S = 0.5  # two sleeps of 0.6 of it pass it, one leaves a busy machine 0.2 s
+TTL_S = 0.8  # two sleeps of 0.6 of it pass it, one leaves a busy machine 0.3 s
 
 
 async def test_lease_is_listed_by_key_until_it_is_dropped(kind: Kind) -> None:
@@ -198,14 +197,6 @@ async def test_namespaces_do_not_see_each_other(kind: Kind) -> None:
     assert await right.read_journal("r") == []
     await right.put_blocks({key: b"right"})
     assert await left.get_blocks([key]) == [b"left"]
-
-
-@pytest.mark.parametrize("kind", ["redis", "actor"], indirect=True)
-@pytest.mark.integration
-async def test_store_of_one_namespace_is_shared_by_all_who_open_it(kind: Kind) -> None:
-    one, other = await kind.open(namespace="shared"), await kind.open(namespace="shared")
-    await one.put_blocks({bytes(16): b"payload"})
-    assert await other.get_blocks([bytes(16)]) == [b"payload"]
 
 
 async def _used_bytes(store: Store, written: dict[bytes, bytes]) -> int:

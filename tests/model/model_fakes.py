@@ -47,7 +47,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", {"head_dim": 16, "tie_word_embeddings": True}),
     "gemma2": (
         "Gemma2Config",
-        {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+        {
+            "head_dim": 8,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 8,
+            "tie_word_embeddings": True,
+        },
     ),
     "phi": ("PhiConfig", {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
     "mixtral": ("MixtralConfig", _EXPERTS),
@@ -166,9 +171,7 @@ def drive(
     free = list(range(NUM_BLOCKS))
     random.Random(5).shuffle(free)
     texts = [list(sequence) for sequence in sequences]
-    tables = [
-        [free.pop() for _ in range(-(-(len(t) + num_tokens) // BLOCK_SIZE))] for t in texts
-    ]
+    tables = [[free.pop() for _ in range(-(-(len(t) + num_tokens) // BLOCK_SIZE))] for t in texts]
     computed = [0] * len(texts)
     step_id = 0
     while any(len(t) < len(s) + num_tokens for t, s in zip(texts, sequences, strict=True)):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_uniform_is_even_over_seeds_and_over_positions() -> None:
         assert all(0 <= x < 1 for x in numbers)
         tenths = Counter(int(10 * x) for x in numbers)
         assert sum((tenths[i] - NUM_DRAWS / 10) ** 2 / (NUM_DRAWS / 10) for i in range(10)) < 35
-        pairs = Counter(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+        pairs = Counter(a < b for a, b in pairwise(numbers))
         assert abs(pairs[True] / NUM_DRAWS - 0.5) < 0.03
 
 
