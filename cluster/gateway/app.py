@@ -278,7 +278,7 @@ def _stop(config: ClusterConfig, *, owns_ray: bool) -> None:
             serve.shutdown()
         else:
             serve.delete(APP_NAME)
-        if config.store.url == "embedded":
+        if config.store.resolved_url == "embedded":
             delete_actor(config.store.namespace)
     finally:
         if owns_ray:

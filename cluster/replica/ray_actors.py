@@ -257,5 +257,6 @@ def group_deployment(
     reserved = bundles(config.parallel)
     if reserved is not None:
         options["placement_group_bundles"] = reserved
-        options["placement_group_strategy"] = "PACK"
+        # ranks of a stage share memory, so they have to share a node
+        options["placement_group_strategy"] = "STRICT_PACK" if config.parallel.tp > 1 else "PACK"
     return serve.deployment(ReplicaGroup).options(**options).bind(config.model_dump())
