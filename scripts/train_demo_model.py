@@ -216,7 +216,8 @@ be run.
 | Tokenizer | byte-level BPE, {VOCAB_SIZE} tokens, lossless |
 | Steps | {facts["step"]}{stage} |
 | Tokens seen | {facts["step"] * recipe.batch_tokens:,} ({facts["epochs"]:.2f} epochs) |
-| Training time | {facts["seconds"] / 60:.0f} minutes wall on 2 shared CPU cores, PyTorch {facts["torch"]} |
+| Training time | {facts["seconds"] / 60:.0f} minutes wall, on 2 shared CPU cores |
+| Trained with | PyTorch {facts["torch"]} |
 | Held-out loss | {result.loss:.4f} nats per token |
 | Held-out perplexity | {result.perplexity:.2f} |
 | Held-out bits per byte | {result.bits_per_byte:.3f} |

@@ -87,7 +87,12 @@ class ReplicaGroup:
         num_threads = threads_per_worker(config.parallel, os.cpu_count() or 1, num_groups)
         parallel = config.parallel
         num_blocks = num_blocks_for(
-            model, config.cache, config.model.dtype, parallel.tp, parallel.pp
+            model,
+            config.cache,
+            config.model.dtype,
+            parallel.tp,
+            parallel.pp,
+            device=config.model.device,
         )
         max_model_len = config.model.max_model_len or model.max_model_len
         if parallel.world_size == 1:

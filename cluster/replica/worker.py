@@ -70,7 +70,9 @@ def _join(spec: WorkerSpec) -> tuple[ModelRunner, Pipeline | None]:
     pp_rank, tp_rank = ranks_of(spec.index, parallel.tp)
     collective: Collective = NoCollective()
     if parallel.tp > 1:
-        collective = init_tensor_parallel(tp_rank, parallel.tp, spec.stage_port)
+        collective = init_tensor_parallel(
+            tp_rank, parallel.tp, spec.stage_port, device=config.model.device
+        )
     runner = ModelRunner(
         config.model,
         config.cache,

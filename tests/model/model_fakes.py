@@ -51,6 +51,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 8,
             "sliding_window": 6,
             "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 5.0,
             "tie_word_embeddings": True,
         },
     ),

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.client import (
+    AsyncClient,
+    Client,
+    ClusterState,
+    Finished,
+    Queued,
+    Running,
+    ScoredToken,
+    TextDelta,
+    Timings,
+    Tls,
+    Usage,
+)
+from cluster.errors import (
+    CancelledError,
+    ConfigError,
+    DeadlineError,
+    InvalidArgumentError,
+    NotFoundError,
+    OverloadedError,
+    SluiceError,
+    UnavailableError,
+)
+from cluster.gateway.status import status_of
+from cluster.rpc import public
+from cluster.rpc.sluice.v1 import inference_pb2 as pb
+from cluster.rpc.sluice.v1 import inference_pb2_grpc
+from cluster.types import SamplingParams
+
+USAGE = pb.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
+TIMINGS = pb.Timings(queued_s=0.25, ttft_s=0.5, total_s=1.0)
+CHOSEN = pb.TokenLogprob(token_id=5, logprob=-0.5, text="he")
+FINISHED = pb.Finished(finish_reason=pb.FINISH_REASON_STOP, usage=USAGE, timings=TIMINGS)
+EVENTS = [
+    pb.GenerateStreamResponse(seq=0, queued=pb.Queued(position=2)),
+    pb.GenerateStreamResponse(seq=1, running=pb.Running(replica_id="a")),
+    pb.GenerateStreamResponse(
+        seq=2,
+        delta=pb.TokenDelta(
+            text="hello", token_ids=[5, 6], logprobs=[pb.PositionLogprobs(chosen=CHOSEN)]
+        ),
+    ),
+    pb.GenerateStreamResponse(seq=3, finished=FINISHED),
+]
+READ = [
+    Queued(2),
+    Running("a"),
+    TextDelta("hello", (5, 6), (ScoredToken(5, "he", -0.5),)),
+    Finished("stop", Usage(3, 2, 1), Timings(0.25, 0.5, 1.0)),  # type: ignore[arg-type]
+]
+
+
+class _Servicer(inference_pb2_grpc.InferenceServicer):
+    """Answers what a test sets, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.events = EVENTS
+        self.requests: list[Any] = []
+        self.metadata: dict[str, str] = {}
+        self.is_hanging = False
+        self.ended = threading.Event()
+
+    def Generate(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        self.metadata = dict(context.invocation_metadata())
+        return pb.GenerateResponse(
+            request_id="r",
+            text="hello",
+            token_ids=[5, 6],
+            finish_reason=pb.FINISH_REASON_STOP,
+            usage=USAGE,
+            timings=TIMINGS,
+        )
+
+    def GenerateStream(self, request: Any, context: Any) -> Iterator[Any]:
+        self.requests.append(request.request)
+        context.add_callback(self.ended.set)
+        yield from self.events
+        if self.is_hanging:
+            self.ended.wait(30)
+
+    def Tokenize(self, request: Any, context: Any) -> Any:
+        return pb.TokenizeResponse(token_ids=[len(request.text)])
+
+    def ClusterStatus(self, request: Any, context: Any) -> Any:
+        replica = pb.ReplicaStatus(replica_id="a", state=pb.REPLICA_STATE_READY, tp=2, pp=1)
+        return pb.ClusterStatusResponse(replicas=[replica], num_inflight=4, gateway_id="g")
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, _Servicer]]:
+    servicer = _Servicer()
+    grpc_server = grpc.server(futures.ThreadPoolExecutor(4))
+    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, grpc_server)
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    yield f"127.0.0.1:{port}", servicer
+    servicer.ended.set()
+    grpc_server.stop(None).wait(5)
+
+
+def _stream(address: str, is_async: bool) -> list[Any]:
+    """Collect a stream through either client."""
+    if not is_async:
+        with Client(address) as client:
+            return list(client.stream("x"))
+
+    async def collect() -> list[Any]:
+        async with AsyncClient(address) as client:
+            return [event async for event in client.stream("x")]
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_stream_yields_events(server: tuple[str, _Servicer], is_async: bool) -> None:
+    assert _stream(server[0], is_async) == READ
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_stream_without_end_is_an_error(server: tuple[str, _Servicer], is_async: bool) -> None:
+    server[1].events = EVENTS[:3]
+    with pytest.raises(UnavailableError, match="cut off after 3 events"):
+        _stream(server[0], is_async)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_lost_event_is_an_error(server: tuple[str, _Servicer], is_async: bool) -> None:
+    server[1].events = EVENTS[:1] + EVENTS[2:]
+    with pytest.raises(UnavailableError, match="event 1 was lost"):
+        _stream(server[0], is_async)
+
+
+def test_closed_stream_cancels_the_request(server: tuple[str, _Servicer]) -> None:
+    server[1].events, server[1].is_hanging = EVENTS[:2], True
+    with Client(server[0]) as client:
+        events = client.stream("x")
+        assert next(events) == Queued(2)
+        events.close()  # type: ignore[attr-defined]
+        assert server[1].ended.wait(5)
+
+
+def test_generate_sends_what_is_given_and_reads_the_answer(
+    server: tuple[str, _Servicer],
+) -> None:
+    address, servicer = server
+    with Client(address, metadata=[("tenant", "t")]) as client:
+        done = client.generate("x", model="m", sampling={"max_tokens": 3}, request_id="r")
+        client.generate(token_ids=[1, 2], sampling=SamplingParams(seed=0, num_logprobs=2))
+        assert client.tokenize("four") == [4]
+    assert (done.text, done.token_ids, done.finish_reason) == ("hello", (5, 6), "stop")
+    assert done.usage == Usage(3, 2, 1)
+    assert servicer.metadata["tenant"] == "t"
+    first, second = servicer.requests
+    assert first == pb.GenerateRequest(
+        request_id="r", model="m", text="x", sampling=pb.SamplingParams(max_tokens=3)
+    )
+    assert list(second.token_ids.ids) == [1, 2]
+    assert second.sampling.HasField("seed") and second.sampling.logprobs == 2
+
+
+def test_status_names_states_in_lower_case(server: tuple[str, _Servicer]) -> None:
+    with Client(server[0]) as client:
+        state = client.status()
+    assert isinstance(state, ClusterState)
+    assert (state.gateway_id, state.num_inflight) == ("g", 4)
+    assert (state.replicas[0].state, state.replicas[0].tp) == ("ready", 2)
+
+
+def test_nobody_there_is_unavailable() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(UnavailableError):
+        client.list_models()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidArgumentError("top_p=2: ...", field="sampling.top_p"),
+        NotFoundError("model"),
+        OverloadedError("full", retry_after_s=2.5),
+        DeadlineError("late"),
+        CancelledError("gone"),
+        UnavailableError("away"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_error_survives_the_way_to_the_client(error: SluiceError) -> None:
+    status = status_of(error)
+    got = public.error_from_status(error.code, status.message, status.SerializeToString())
+    assert type(got) is type(error)
+    assert str(got) == str(error)
+    assert vars(got) == vars(error)
+
+
+def test_status_of_a_stranger_is_an_error_too() -> None:
+    got = public.error_from_status("DATA_LOSS", "hm", b"\xff\xff\xff")
+    assert type(got) is SluiceError
+    assert str(got) == "DATA_LOSS: hm"
+
+
+def _request(**fields: Any) -> Callable[[], object]:
+    given = {"prompt": "x", "token_ids": None, "model": "", "sampling": None, "request_id": ""}
+    given |= fields
+    return lambda: public.generate_request(given.pop("prompt"), given.pop("token_ids"), **given)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (_request(sampling={"max_tokens": -1}), "sampling.max_tokens"),
+        (_request(sampling={"max_token": 1}), "sampling.max_token"),
+        (_request(sampling={"temperature": "hot"}), "sampling.temperature"),
+        (_request(prompt=None), "prompt"),
+        (_request(token_ids=[1]), "prompt"),
+        (_request(prompt=None, token_ids=[-1]), "token_ids"),
+        (_request(prompt="\ud800"), "text"),
+    ],
+)
+def test_what_cannot_be_written_down_is_refused_here(
+    make: Callable[[], object], field: str
+) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        make()
+    assert caught.value.field == field
+
+
+def test_missing_ca_file_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"/none\.pem"):
+        Client("127.0.0.1:1", tls=Tls("/none.pem"))

@@ -1,0 +1,173 @@
+"""The gateway as a process sees it: port, TLS, health, reflection, end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+from pathlib import Path
+
+import grpc
+import pytest
+from gateway_fakes import FakeLeader, eventually, stage
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from cluster.client import AsyncClient, Client, TextDelta, Tls
+from cluster.errors import ConfigError, UnavailableError
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def _health(address: str, service: str = "") -> int:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
+
+
+async def test_health_is_serving_from_the_first_replica_on() -> None:
+    async with stage() as running:
+        assert await _health(running.address) == NOT_SERVING
+        leader = await running.add(FakeLeader())
+
+        async def is_serving() -> bool:
+            return await _health(running.address) == SERVING
+
+        await eventually(is_serving)
+        assert await _health(running.address, "sluice.v1.Inference") == SERVING
+        await leader.die()
+        await running.wait_state("replica-1", "connecting")
+        assert await _health(running.address) == SERVING, "requests wait for the next one"
+
+
+async def test_reflection_lists_and_describes_the_service() -> None:
+    async with stage() as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo()
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        names = {s.name for s in (await call.read()).list_services_response.service}
+        assert {"sluice.v1.Inference", "grpc.health.v1.Health"} <= names
+        symbol = reflection_pb2.ServerReflectionRequest(
+            file_containing_symbol="sluice.v1.Inference"
+        )
+        await call.write(symbol)
+        assert (await call.read()).file_descriptor_response.file_descriptor_proto
+        call.cancel()
+
+
+async def test_port_in_use_is_a_config_error() -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as another cluster has
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"gateway.port={port}: in use") as caught:
+            async with stage(port=port):
+                pass
+        assert caught.value.field == "gateway.port"
+
+
+async def test_gateways_of_one_host_share_the_port() -> None:
+    with socket.socket() as reserved:  # a free port, kept free until it is used
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        async with (
+            stage(port=port, num_replicas=2) as first,
+            stage(port=port, num_replicas=2) as second,
+        ):
+            assert first.port == second.port == port
+
+
+async def test_drain_lets_streams_finish_and_refuses_new_ones() -> None:
+    leader = FakeLeader()
+    leader.step_s = 0.02
+    async with stage(leader) as running, AsyncClient(running.address) as client:
+        task = asyncio.create_task(client.generate("x", sampling={"max_tokens": 40}))
+        await eventually(lambda: leader.num_live == 1)
+        running.server.check_health()
+        stopping = asyncio.create_task(running.server.stop(10.0))
+        await asyncio.sleep(0)
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await client.generate("x")
+        with pytest.raises(UnavailableError, match="shutting down"):
+            running.server.check_health()
+        assert await _health(running.address) == NOT_SERVING
+        assert len((await task).token_ids) == 40
+        await stopping
+        with pytest.raises(UnavailableError):
+            await client.generate("x")
+
+
+async def test_drain_that_takes_too_long_ends_streams_with_unavailable() -> None:
+    leader = FakeLeader()
+    leader.max_steps = 1
+    async with stage(leader) as running, AsyncClient(running.address) as client:
+        events = client.stream("x", sampling={"max_tokens": 9})
+        async for event in events:
+            if isinstance(event, TextDelta):
+                break
+        stopping = asyncio.create_task(running.server.stop(0.05))
+        with pytest.raises(UnavailableError, match="shutting down"):
+            async for _ in events:
+                pass
+        await stopping
+        assert running.server.num_inflight == 0
+
+
+async def test_drain_ends_requests_that_wait_for_a_replica() -> None:
+    async with stage() as running, AsyncClient(running.address) as client:
+        events = client.stream("x")
+        await anext(events)
+        stopping = asyncio.create_task(running.server.stop(0.05))
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await anext(events)
+        await stopping
+
+
+def _certificate(folder: Path, name: str) -> tuple[str, str]:
+    cert, key = str(folder / f"{name}.pem"), str(folder / f"{name}.key")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
+            *("-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", key, "-out", cert),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return cert, key
+
+
+async def test_tls_serves_who_knows_the_authority(tmp_path: Path) -> None:
+    cert, key = _certificate(tmp_path, "gateway")
+    async with stage(tls_cert=cert, tls_key=key) as running:
+        async with AsyncClient(running.address, ca_file=cert) as client:
+            assert (await client.list_models())[0].name == "sluice-demo"
+        async with AsyncClient(running.address) as plain:
+            with pytest.raises(UnavailableError):
+                await plain.list_models()
+        with Client(running.address, ca_file=cert) as sync:
+            assert await asyncio.to_thread(sync.list_models)
+
+
+async def test_tls_with_client_ca_demands_a_certificate(tmp_path: Path) -> None:
+    cert, key = _certificate(tmp_path, "gateway")
+    own_cert, own_key = _certificate(tmp_path, "client")
+    async with stage(tls_cert=cert, tls_key=key, tls_client_ca=own_cert) as running:
+        tls = Tls(cert, cert_file=own_cert, key_file=own_key)
+        async with AsyncClient(running.address, tls=tls) as client:
+            assert await client.list_models()
+        async with AsyncClient(running.address, ca_file=cert) as client:
+            with pytest.raises(UnavailableError):
+                await client.list_models()
+
+
+async def test_missing_tls_file_is_a_config_error(tmp_path: Path) -> None:
+    cert, _ = _certificate(tmp_path, "gateway")
+    missing = str(tmp_path / "no.key")
+    with pytest.raises(ConfigError, match="No such file") as caught:
+        async with stage(tls_cert=cert, tls_key=missing):
+            pass
+    assert caught.value.field == "gateway.tls_key"

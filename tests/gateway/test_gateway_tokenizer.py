@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.config import ModelConfig, parse_config
+from cluster.errors import ConfigError
+from cluster.gateway.tokenizer import Detokenizer, Tokenizer
+
+TOKENIZER = Tokenizer.load(ModelConfig())
+_pieces = st.lists(
+    st.sampled_from(["a", " def", "é", "世", "👍", "\ufffd", "\n", "👩‍👩‍👧"]) | st.text(max_size=3),
+    max_size=30,
+)
+
+
+def _pushed(groups: list[list[int]]) -> list[str]:
+    detokenizer = Detokenizer(TOKENIZER)
+    texts = [detokenizer.push(group) for group in groups]
+    return [*texts, detokenizer.flush()]
+
+
+@given(_pieces)
+def test_any_text_comes_out_whole_and_in_whole_characters(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    texts = _pushed([[token] for token in TOKENIZER._encode(text)])
+    assert "".join(texts) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in texts)
+
+
+@given(st.lists(st.lists(st.integers(0, 4095), max_size=6), max_size=40))
+def test_any_tokens_give_the_text_of_all_of_them(groups: list[list[int]]) -> None:
+    assert "".join(_pushed(groups)) == TOKENIZER.decode([t for group in groups for t in group])
+
+
+@pytest.mark.parametrize("tail", [0, 1, 2, 3])
+def test_bytes_that_are_no_text_do_not_grow_the_window(tail: int) -> None:
+    emoji = list(TOKENIZER._encode("👍"))  # one byte per token
+    tokens = emoji[:1] * 200 + emoji + emoji[:tail]
+    detokenizer = Detokenizer(TOKENIZER)
+    text = ""
+    for token in tokens:
+        text += detokenizer.push([token])
+        assert len(detokenizer._window) <= 65
+    assert text + detokenizer.flush() == TOKENIZER.decode(tokens)
+    assert "👍" in text
+
+
+def test_long_texts_are_encoded_like_short_ones() -> None:
+    text = "x = 1\n" * 1000
+    assert asyncio.run(TOKENIZER.encode(text)) == TOKENIZER._encode(text)
+
+
+def test_special_tokens_have_no_text_in_an_answer() -> None:
+    assert TOKENIZER.decode([65, 0, 66]) == "ab"
+    assert TOKENIZER.token_text(0) == "<|endoftext|>"
+
+
+def test_folder_without_tokenizer_is_a_config_error(tmp_path: Path) -> None:
+    config = parse_config({"model": {"path": str(tmp_path)}}).model
+    with pytest.raises(ConfigError, match=r"model\.path=") as caught:
+        Tokenizer.load(config)
+    assert caught.value.field == "model.path"
+    assert "\n" not in str(caught.value)
