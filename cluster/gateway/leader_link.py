@@ -133,7 +133,6 @@ class LeaderLink:
 
     def _lose(self) -> None:
         self._is_connected = False
-        self._leave()
         self._commands.clear()
         streams, self._streams = self._streams, {}
         for stream in streams.values():

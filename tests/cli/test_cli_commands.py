@@ -48,6 +48,7 @@ def test_generate_sends_what_is_set_and_nothing_else(address: str, fake: FakeInf
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_k, sampling.seed) == (0.0, 5, 7)
     assert list(sampling.stop) == ["a", "b"]
+    assert sampling.HasField("temperature")  # 0 is a choice, too
     assert not sampling.HasField("top_p")
     assert not sampling.HasField("repetition_penalty")
 

@@ -265,7 +265,7 @@ async def test_cached_prefix_decides_and_a_lost_message_is_noticed(tokenizer: To
         assert state == {"a": 0, "b": 4, "c": 0}
         leaders[1].blocks = [1]
         leaders[1].push(seq=7)  # in place of 1
-        await eventually(lambda: leaders[1].num_watches == 2)
+        await eventually(lambda: leaders[1].num_watches == 2, timeout_s=3)
         await running.wait_state("b", "ready")
         state = {r.replica_id: r.num_indexed_blocks for r in (await client.status()).replicas}
         assert state["b"] == 1
@@ -293,6 +293,16 @@ async def test_store_failure_keeps_connected_replicas(monkeypatch: pytest.Monkey
         monkeypatch.setattr(running.store, "list_leases", fail)
         await asyncio.sleep(0.6)  # more than two looks
         assert (await client.generate("x", sampling={"max_tokens": 1})).token_ids
+
+
+async def test_connected_replica_outlives_its_lease() -> None:
+    leader = FakeLeader()
+    async with stage(leader) as running, AsyncClient(running.address) as client:
+        await running.registry.unregister("replica-1")
+        await asyncio.sleep(0.6)  # more than two looks
+        assert (await client.generate("x", sampling={"max_tokens": 1})).token_ids
+        await leader.die()
+        await running.wait_state("replica-1", None)
 
 
 async def test_engine_error_after_tokens_ends_the_stream() -> None:

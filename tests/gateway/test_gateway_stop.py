@@ -60,6 +60,12 @@ def test_only_what_may_become_a_stop_is_held_back() -> None:
     assert matcher.flush() == ""
 
 
+def test_match_within_unarmed_text_stays_unseen() -> None:
+    matcher = StopMatcher(["aab", "a"])
+    assert matcher.feed("aa", is_armed=False) == ("", False)
+    assert matcher.feed("c") == ("aac", False)
+
+
 def test_match_that_ends_first_wins() -> None:
     assert _run(["abcd"], ["abcd", "bc"]) == "a"
     assert _run(["abc"], ["c", "abc", "bc"]) == ""

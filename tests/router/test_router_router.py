@@ -74,8 +74,8 @@ def test_pick_passes_over_draining_replicas() -> None:
 
 def test_pick_breaks_ties_by_inflight_then_id() -> None:
     router = Router(RouterConfig(running_cost_tokens=64, waiting_cost_tokens=64))
-    one_running, one_sent = _replica("a", ReplicaLoad(num_running=1)), _replica("b", inflight=1)
-    assert _pick(router, [one_sent, one_running]) == "a"
+    one_running, one_sent = _replica("b", ReplicaLoad(num_running=1)), _replica("a", inflight=1)
+    assert _pick(router, [one_sent, one_running]) == "b"
     assert _pick(router, [_replica("z"), _replica("y")]) == "y"
 
 
