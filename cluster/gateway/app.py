@@ -199,6 +199,7 @@ def start(
         UnavailableError: It did not come up; nothing is left running.
     """
     tell = on_progress or (lambda message: None)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     deadline_s = time.monotonic() + timeout_s
     owns_ray = _connect_ray(config, ray_address, tell)
     try:
@@ -274,10 +275,7 @@ def _stop(config: ClusterConfig, *, owns_ray: bool) -> None:
     if not ray.is_initialized():
         return
     try:
-        if owns_ray:
-            serve.shutdown()
-        else:
-            serve.delete(APP_NAME)
+        serve.delete(APP_NAME)  # waits until every replica has drained and ended
         if config.store.resolved_url == "embedded":
             delete_actor(config.store.namespace)
     finally:

@@ -18,7 +18,7 @@ from cluster.rpc import convert
 from cluster.rpc.sluice.internal.v1 import engine_pb2, engine_pb2_grpc
 from cluster.types import EngineOutput, ReplicaLoad
 
-WATCH_KEEPALIVE_S = 1.0  # a silent watch is sent its load this often
+WATCH_KEEPALIVE_S = 1.0  # a watch is never silent for longer
 
 
 class _Session:
@@ -72,7 +72,8 @@ class _Watcher:
         self._load = load or self._load
         self._wakeup.set()
 
-    async def take(self, load: Callable[[], ReplicaLoad]) -> engine_pb2.WatchResponse:
+    async def take(self) -> engine_pb2.WatchResponse:
+        """Return what changed; after a while also nothing. The load is there if it is new."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wakeup.wait(), WATCH_KEEPALIVE_S)
         self._wakeup.clear()
@@ -81,7 +82,7 @@ class _Watcher:
             is_snapshot=self._seq == 0,
             added=self._added,
             removed=self._removed,
-            load=convert.load_to_proto(self._load or load()),
+            load=None if self._load is None else convert.load_to_proto(self._load),
         )
         self._seq += 1
         self._added, self._removed, self._load = {}, {}, None
@@ -117,7 +118,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     def refuse(self, reason: str) -> None:
         """Accept no new requests; `reason` is "CODE: message"."""
         self._refusal = self._refusal or reason
-        self._publish_load(self._load)
+        for watcher in self._watchers:
+            watcher.put((), (), self._present_load())
 
     def apply(self, update: EngineUpdate) -> None:
         """Pass an engine's update on to those whom it concerns."""
@@ -128,20 +130,18 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         for key in removed:
             self._blocks.pop(key, None)
         self._blocks.update(dict.fromkeys(added))
-        if added or removed or update.load is not None:
-            self._publish_load(update.load or self._load, added, removed)
+        load = None
+        if update.load is not None:
+            self._load = update.load
+            load = self._present_load()
+        if added or removed or load is not None:
+            for watcher in self._watchers:
+                watcher.put(added, removed, load)
 
     def fail_all(self, error: str) -> None:
         """End every request with an error."""
         for request_id in list(self._owners):
             self._deliver(EngineOutput(request_id, error=error))
-
-    def _publish_load(
-        self, load: ReplicaLoad, added: Iterable[int] = (), removed: Iterable[int] = ()
-    ) -> None:
-        self._load = load
-        for watcher in self._watchers:
-            watcher.put(added, removed, self._present_load())
 
     def _present_load(self) -> ReplicaLoad:
         load = convert.load_to_proto(self._load)
@@ -212,7 +212,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._watchers.add(watcher)
         try:
             while True:
-                yield await watcher.take(self._present_load)
+                yield await watcher.take()
         finally:
             self._watchers.discard(watcher)
 

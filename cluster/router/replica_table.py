@@ -7,9 +7,8 @@ requests, so what it sent is added until a report must contain it:
     ---------------------|-----------------|-----------------|------> time
     sent here                  fresh            settling        in the report, forgotten
 
-A request sent just before report k+1 may have missed it, but not k+2. A report equal to the one
-before was not measured anew. Nothing is ever counted down, so no lost answer can leave a counter
-behind.
+A request sent just before report k+1 may have missed it, but not k+2. Nothing is ever counted down,
+so no lost answer can leave a counter behind.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class ReplicaTable:
         That of an unknown replica is ignored.
         """
         entry = self._entries.get(replica_id)
-        if entry is None or load == entry.load:
+        if entry is None:
             return False
         is_turning = load.is_draining != entry.load.is_draining
         entry.load = load

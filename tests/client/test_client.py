@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
@@ -23,20 +23,14 @@ from cluster.client import (
     Usage,
 )
 from cluster.errors import (
-    CancelledError,
     ConfigError,
-    DeadlineError,
-    InvalidArgumentError,
-    NotFoundError,
-    OverloadedError,
-    SluiceError,
     UnavailableError,
 )
-from cluster.gateway.status import status_of
-from cluster.rpc import public
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.rpc.sluice.v1 import inference_pb2_grpc
 from cluster.types import SamplingParams
+
+pytestmark = pytest.mark.integration
 
 USAGE = pb.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
 TIMINGS = pb.Timings(queued_s=0.25, ttft_s=0.5, total_s=1.0)
@@ -181,58 +175,6 @@ def test_status_names_states_in_lower_case(server: tuple[str, _Servicer]) -> Non
 def test_nobody_there_is_unavailable() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(UnavailableError):
         client.list_models()
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        InvalidArgumentError("top_p=2: ...", field="sampling.top_p"),
-        NotFoundError("model"),
-        OverloadedError("full", retry_after_s=2.5),
-        DeadlineError("late"),
-        CancelledError("gone"),
-        UnavailableError("away"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_error_survives_the_way_to_the_client(error: SluiceError) -> None:
-    status = status_of(error)
-    got = public.error_from_status(error.code, status.message, status.SerializeToString())
-    assert type(got) is type(error)
-    assert str(got) == str(error)
-    assert vars(got) == vars(error)
-
-
-def test_status_of_a_stranger_is_an_error_too() -> None:
-    got = public.error_from_status("DATA_LOSS", "hm", b"\xff\xff\xff")
-    assert type(got) is SluiceError
-    assert str(got) == "DATA_LOSS: hm"
-
-
-def _request(**fields: Any) -> Callable[[], object]:
-    given = {"prompt": "x", "token_ids": None, "model": "", "sampling": None, "request_id": ""}
-    given |= fields
-    return lambda: public.generate_request(given.pop("prompt"), given.pop("token_ids"), **given)
-
-
-@pytest.mark.parametrize(
-    ("make", "field"),
-    [
-        (_request(sampling={"max_tokens": -1}), "sampling.max_tokens"),
-        (_request(sampling={"max_token": 1}), "sampling.max_token"),
-        (_request(sampling={"temperature": "hot"}), "sampling.temperature"),
-        (_request(prompt=None), "prompt"),
-        (_request(token_ids=[1]), "prompt"),
-        (_request(prompt=None, token_ids=[-1]), "token_ids"),
-        (_request(prompt="\ud800"), "text"),
-    ],
-)
-def test_what_cannot_be_written_down_is_refused_here(
-    make: Callable[[], object], field: str
-) -> None:
-    with pytest.raises(InvalidArgumentError) as caught:
-        make()
-    assert caught.value.field == field
 
 
 def test_missing_ca_file_is_a_config_error() -> None:

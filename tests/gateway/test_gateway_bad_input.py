@@ -14,6 +14,8 @@ from grpc_status import rpc_status
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 async def running() -> AsyncIterator[Stage]:

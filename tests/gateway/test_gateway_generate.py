@@ -21,6 +21,8 @@ from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 from cluster.types import ReplicaLoad, SampledToken, TokenLogprob
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:

@@ -16,6 +16,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from cluster.client import AsyncClient, Client, TextDelta, Tls
 from cluster.errors import ConfigError, UnavailableError
 
+pytestmark = pytest.mark.integration
+
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
