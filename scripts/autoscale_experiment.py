@@ -68,7 +68,7 @@ async def drive(address: str, phases: list[Phase], shape: RequestShape) -> dict[
     samples: list[Sample] = []
     records: list[RequestRecord] = []
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = InferenceStub(channel)
+        stub = InferenceStub(channel)  # type: ignore[no-untyped-call]
         models = await stub.ListModels(pb.ListModelsRequest(), timeout=10)
         start_s = time.perf_counter()
         sampler = asyncio.create_task(sample(stub, start_s, samples))

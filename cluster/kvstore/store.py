@@ -40,7 +40,7 @@ class Store(Protocol):
         ...
 
     async def get_blocks(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the bytes of each block, bit-exact; None where it is missing or does not verify."""
+        """Return the bytes of each block, bit-exact; None where missing or damaged."""
         ...
 
     async def has_blocks(self, keys: Sequence[bytes]) -> list[bool]:

@@ -1,4 +1,4 @@
-"""Every layout of a replica group gives what transformers gives, through gRPC and real processes."""
+"""Every layout of a replica group answers like transformers, through gRPC and real processes."""
 
 from __future__ import annotations
 

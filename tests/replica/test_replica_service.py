@@ -114,7 +114,7 @@ async def gateway(to: Running) -> AsyncIterator[Gateway]:
 async def until(condition: object, timeout_s: float = 10) -> None:
     assert callable(condition)
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - it watches another thread
             await asyncio.sleep(0.01)
 
 
