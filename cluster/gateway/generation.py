@@ -133,13 +133,15 @@ class Generation:
             replace(self._request, request_id=engine_id, deadline_s=self._remaining_s())
         )
         self._submitted_s = time.monotonic()
-        self._parts.fleet.table.on_submit(candidate.replica_id, candidate.num_uncached_tokens)
+        table = self._parts.fleet.table
+        table.on_submit(candidate.replica_id, engine_id, candidate.num_uncached_tokens)
         try:
             await self._send(running=inference_pb2.Running(replica_id=candidate.replica_id))
             while self._answer.finish_reason is None:
                 await self._take(await stream.take())
         finally:
             link.cancel(engine_id)
+            table.on_end(candidate.replica_id, engine_id)
 
     async def _take(self, outputs: list[EngineOutput]) -> None:
         last = outputs[-1]

@@ -7,8 +7,8 @@ requests, so what it sent is added until a report must contain it:
     ---------------------|-----------------|-----------------|------> time
     sent here                  fresh            settling        in the report, forgotten
 
-A request sent just before report k+1 may have missed it, but not k+2. Nothing is ever counted down,
-so no lost answer can leave a counter behind.
+A request sent just before report k+1 may have missed it, but not k+2. One that ends before that is
+forgotten at once. Time forgets the others, so no lost answer can leave a count behind.
 """
 
 from __future__ import annotations
@@ -19,17 +19,12 @@ from cluster.types import ReplicaInfo, ReplicaLoad, ReplicaSnapshot
 
 
 @dataclass(slots=True)
-class _Sent:
-    num_requests: int = 0
-    num_prefill_tokens: int = 0
-
-
-@dataclass(slots=True)
 class _Entry:
     info: ReplicaInfo
     load: ReplicaLoad
-    fresh: _Sent = field(default_factory=_Sent)  # since the last report
-    settling: _Sent = field(default_factory=_Sent)  # between the last two reports
+    # Prompt tokens to compute, by request.
+    fresh: dict[str, int] = field(default_factory=dict)  # since the last report
+    settling: dict[str, int] = field(default_factory=dict)  # between the last two reports
 
 
 class ReplicaTable:
@@ -62,15 +57,21 @@ class ReplicaTable:
             return False
         is_turning = load.is_draining != entry.load.is_draining
         entry.load = load
-        entry.settling, entry.fresh = entry.fresh, _Sent()
+        entry.settling, entry.fresh = entry.fresh, {}
         return is_turning
 
-    def on_submit(self, replica_id: str, num_prefill_tokens: int) -> None:
+    def on_submit(self, replica_id: str, request_id: str, num_prefill_tokens: int) -> None:
         """Count a request sent to a replica, with the prompt tokens that it has to compute."""
         entry = self._entries.get(replica_id)
         if entry is not None:
-            entry.fresh.num_requests += 1
-            entry.fresh.num_prefill_tokens += num_prefill_tokens
+            entry.fresh[request_id] = num_prefill_tokens
+
+    def on_end(self, replica_id: str, request_id: str) -> None:
+        """Count a request no more; unknown already is fine."""
+        entry = self._entries.get(replica_id)
+        if entry is not None:
+            entry.fresh.pop(request_id, None)
+            entry.settling.pop(request_id, None)
 
     def snapshots(self) -> list[ReplicaSnapshot]:
         """Return all replicas, ordered by id."""
@@ -78,9 +79,9 @@ class ReplicaTable:
             ReplicaSnapshot(
                 info=entry.info,
                 load=entry.load,
-                num_inflight=entry.fresh.num_requests + entry.settling.num_requests,
+                num_inflight=len(entry.fresh) + len(entry.settling),
                 num_inflight_prefill_tokens=(
-                    entry.fresh.num_prefill_tokens + entry.settling.num_prefill_tokens
+                    sum(entry.fresh.values()) + sum(entry.settling.values())
                 ),
             )
             for _, entry in sorted(self._entries.items())

@@ -62,12 +62,12 @@ def ray_head(tmp_path: Path) -> Iterator[str]:
                 time.sleep(0.5)
         yield address
     finally:
-        family = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+        family = psutil.Process(head.pid).children(recursive=True)
         head.terminate()
-        head.wait(30)
-        _, alive = psutil.wait_procs(family, timeout=20)
+        _, alive = psutil.wait_procs([*family, psutil.Process(head.pid)], timeout=15)
         for process in alive:
             process.kill()
+        head.wait(10)
         shutil.rmtree(folder, ignore_errors=True)
 
 

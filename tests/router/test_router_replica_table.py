@@ -23,9 +23,9 @@ def test_snapshots_are_ordered_by_id() -> None:
 def test_sent_requests_count_until_a_report_must_contain_them() -> None:
     table = ReplicaTable()
     table.add(_info("a"), ReplicaLoad())
-    table.on_submit("a", 100)
+    table.on_submit("a", "r1", 100)
     table.on_load("a", ReplicaLoad(num_running=1))
-    table.on_submit("a", 10)
+    table.on_submit("a", "r2", 10)
     assert _inflight(table) == (2, 110)
     table.on_load("a", ReplicaLoad(num_running=2))
     assert _inflight(table) == (1, 10)
@@ -36,16 +36,28 @@ def test_sent_requests_count_until_a_report_must_contain_them() -> None:
 def test_request_that_left_no_trace_in_the_reports_is_forgotten_all_the_same() -> None:
     table = ReplicaTable()
     table.add(_info("a"), ReplicaLoad())
-    table.on_submit("a", 100)
+    table.on_submit("a", "r1", 100)
     for _ in range(2):
         table.on_load("a", ReplicaLoad())
+    assert _inflight(table) == (0, 0)
+
+
+def test_request_that_has_ended_counts_no_more() -> None:
+    table = ReplicaTable()
+    table.add(_info("a"), ReplicaLoad())
+    table.on_submit("a", "r1", 100)
+    table.on_submit("a", "r2", 10)
+    table.on_end("a", "r1")
+    assert _inflight(table) == (1, 10)
+    table.on_load("a", ReplicaLoad(num_running=1))
+    table.on_end("a", "r2")
     assert _inflight(table) == (0, 0)
 
 
 def test_reconnected_replica_starts_without_inflight() -> None:
     table = ReplicaTable()
     table.add(_info("a"), ReplicaLoad())
-    table.on_submit("a", 100)
+    table.on_submit("a", "r1", 100)
     table.add(_info("a"), ReplicaLoad())
     assert _inflight(table) == (0, 0)
 
@@ -53,7 +65,8 @@ def test_reconnected_replica_starts_without_inflight() -> None:
 def test_unknown_replicas_are_ignored() -> None:
     table = ReplicaTable()
     table.on_load("a", ReplicaLoad())
-    table.on_submit("a", 1)
+    table.on_submit("a", "r1", 1)
+    table.on_end("a", "r1")
     table.remove("a")
     assert len(table) == 0
     assert "a" not in table

@@ -107,11 +107,11 @@ def test_burst_between_two_load_reports_is_spread(num_requests: int) -> None:
     for replica_id in ("a", "b", "c", "d"):
         table.add(_replica(replica_id).info, ReplicaLoad())
     counts = dict.fromkeys("abcd", 0)
-    for _ in range(num_requests):
+    for number in range(num_requests):
         decision = router.pick([1, 2, 3, 4], 64, table.snapshots(), PrefixIndex())
         assert decision is not None
         counts[decision.replica_id] += 1
-        table.on_submit(decision.replica_id, decision.chosen.num_uncached_tokens)
+        table.on_submit(decision.replica_id, f"r{number}", decision.chosen.num_uncached_tokens)
     assert max(counts.values()) == num_requests // 4
 
 
@@ -120,9 +120,9 @@ def test_hot_prefix_does_not_drown_its_replica() -> None:
     for replica_id in ("a", "b"):
         table.add(_replica(replica_id).info, ReplicaLoad())
     counts = {"a": 0, "b": 0}
-    for _ in range(40):
+    for number in range(40):
         decision = router.pick([1, 2, 3, 4], 64, table.snapshots(), index)
         assert decision is not None
         counts[decision.replica_id] += 1
-        table.on_submit(decision.replica_id, decision.chosen.num_uncached_tokens)
+        table.on_submit(decision.replica_id, f"r{number}", decision.chosen.num_uncached_tokens)
     assert counts["a"] > counts["b"] > 10
