@@ -89,7 +89,7 @@ class ParallelConfig(_Section):
 class AutoscalingConfig(_Section):
     """How many replica groups; `min_replicas == max_replicas` is a fixed number."""
 
-    min_replicas: int = Field(1, ge=0, description="groups at the least")
+    min_replicas: int = Field(1, ge=1, description="groups at the least")
     max_replicas: int = Field(1, ge=1, description="groups at the most")
     target_load: float = Field(
         8.0, gt=0, description="running + waiting requests that one group should have"
@@ -97,6 +97,15 @@ class AutoscalingConfig(_Section):
     upscale_delay_s: float = Field(5.0, ge=0, description="overload must last this long")
     downscale_delay_s: float = Field(30.0, ge=0, description="idleness must last this long")
     metrics_interval_s: float = Field(2.0, gt=0, description="between two looks at the load")
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> AutoscalingConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}: "
+                "raise the one or lower the other"
+            )
+        return self
 
 
 class ReplicaConfig(_Section):

@@ -3,7 +3,8 @@
 Runs as a Ray job, `ray job submit -- python scripts/autoscale_experiment.py --out DIR`, or by
 itself, then on a Ray of its own. Serve's autoscaler follows cluster/autoscaler/policy.py between
 1 and 3 replica groups. DIR gets result.json (samples of groups and load, every request's TTFT and
-status, provenance) and result.png. Exit status 0 only if no stream failed.
+status, configuration, commit, machine, versions) and result.png. Exit status 0 only if no stream
+failed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import time
 from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,9 +126,6 @@ def shifted(record: RequestRecord, offset_s: float) -> RequestRecord:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draw groups, load and TTFT over time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     samples, requests = result["samples"], result["requests"]
@@ -171,6 +170,10 @@ def main(
 ) -> None:
     """Run the experiment."""
     console = Console(stderr=True)
+    if find_spec("matplotlib") is None:  # said before the ramp, not after it
+        console.print("the plot needs matplotlib: pip install 'sluice[plot]'")
+        raise typer.Exit(2)
+    os.environ["MPLBACKEND"] = "Agg"
     out.mkdir(parents=True, exist_ok=True)
     config = configuration(set_ or [], max_groups)
     check(config)

@@ -35,7 +35,7 @@ def serve(
     settings = load_config(config, overrides)
     from cluster.gateway import app
 
-    app.check(settings)
+    app.check(settings, is_local=ray_address is None)
     signals = _StopSignals()
     signals.install()
     console = Console(stderr=True)

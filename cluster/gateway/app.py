@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -16,17 +15,20 @@ from typing import Any, Self
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from cluster.autoscaler.actuator import environment, scaling_options
-from cluster.config import ClusterConfig, parse_config
+from cluster.config import ClusterConfig, StoreConfig, parse_config
 from cluster.errors import ConfigError, SluiceError, UnavailableError
 from cluster.gateway.grpc_server import GatewayServer
+from cluster.gateway.listen import check_port_free, check_tls_files
 from cluster.kvstore.embedded_actor import delete_actor
 from cluster.kvstore.open import open_store
 from cluster.model.checkpoint import check_layout, inspect_checkpoint
 from cluster.model.collective import check_compiler
+from cluster.model.layout import num_blocks_for
 from cluster.replica.placement import group_num_cpus
-from cluster.replica.ray_actors import WILDCARD_HOSTS, group_deployment
+from cluster.replica.ray_actors import STOP_MARGIN_S, WILDCARD_HOSTS, group_deployment
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,14 @@ class Gateway:
         ttl_s = self._config.replica.lease_ttl_s
         while True:
             lease = {"address": self._address, "num_replicas": self._server.num_replicas}
-            with contextlib.suppress(SluiceError):  # tried again; nobody depends on this lease
+            try:
                 await self._store.put_lease(
                     GATEWAY_LEASES, self._gateway_id, json.dumps(lease).encode(), ttl_s
                 )
+            except SluiceError as error:
+                logger.debug("lease not renewed, tried again: %s", error)
+            except Exception:  # without a lease nobody finds this gateway
+                logger.exception("lease not renewed")
             await asyncio.sleep(LEASE_INTERVAL_S)
 
     def check_health(self) -> None:
@@ -101,8 +107,12 @@ def build(args: dict[str, Any]) -> serve.Application:
     )
 
 
-def check(config: ClusterConfig) -> None:
+def check(config: ClusterConfig, *, is_local: bool = True) -> None:
     """Find every mistake that can be known before a process is started.
+
+    Args:
+        config: To be deployed.
+        is_local: Whether gateways run on this machine, so that their port can be tried.
 
     Raises:
         ConfigError: Naming the knob, its value and what to do.
@@ -130,26 +140,36 @@ def check(config: ClusterConfig) -> None:
             "gateways share one port, name it",
             field="gateway.port",
         )
-    _check_port(config.gateway.host, config.gateway.port)
-    scheme = config.store.resolved_url.split("://")[0]
-    if scheme not in ("embedded", "redis", "rediss", "unix"):
-        raise ConfigError(
-            f"store.url: unknown scheme {scheme!r}, use embedded, redis://, rediss:// or unix://",
-            field="store.url",
-        )
+    if is_local:
+        check_port_free(config.gateway)
+    num_blocks_for(info, config.cache, config.model.dtype, parallel.tp, parallel.pp)
+    check_tls_files(config.gateway)
+    check_store(config.store)
 
 
-def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def check_store(config: StoreConfig) -> None:
+    """Raise if the store's URL cannot be used, or a Redis there does not answer now.
+
+    Raises:
+        ConfigError: Without the URL's password.
+    """
+    if config.resolved_url == "embedded":
+        return
+
+    async def ping() -> None:
+        store = open_store(config)
         try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"gateway.port={port}: cannot listen on {host}:{port} ({error.strerror}): "
-                "choose another, or 0 for a free one",
-                field="gateway.port",
-            ) from error
+            await store.ping()
+        finally:
+            await store.close()
+
+    try:
+        asyncio.run(ping())
+    except UnavailableError as error:
+        raise ConfigError(
+            f"store.url: the store does not answer ({error}): start it, or use embedded",
+            field="store.url",
+        ) from error
 
 
 class ServingCluster:
@@ -275,9 +295,21 @@ def _stop(config: ClusterConfig, *, owns_ray: bool) -> None:
     if not ray.is_initialized():
         return
     try:
-        serve.delete(APP_NAME)  # waits until every replica has drained and ended
+        _delete_app(config)
         if config.store.resolved_url == "embedded":
             delete_actor(config.store.namespace)
     finally:
         if owns_ray:
             ray.shutdown()
+
+
+def _delete_app(config: ClusterConfig) -> None:
+    """End the application; returns when every replica has drained and ended, or is out of time."""
+    drain_s = max(config.gateway.drain_timeout_s, config.replica.drain_timeout_s)
+    deadline_s = time.monotonic() + drain_s + STOP_MARGIN_S + 10.0
+    try:
+        serve.delete(APP_NAME, _blocking=False)  # a blocking one gives up after a minute
+        while APP_NAME in serve.status().applications and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+    except RayServeException:  # Serve itself did not start
+        logger.debug("nothing to delete", exc_info=True)

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import logging
 import random
-import socket
-from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -15,10 +13,11 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from cluster.config import ClusterConfig, GatewayConfig
-from cluster.errors import ConfigError, UnavailableError
+from cluster.errors import UnavailableError
 from cluster.gateway.admission import Admission
 from cluster.gateway.fleet import Fleet
 from cluster.gateway.generation import GatewayParts
+from cluster.gateway.listen import bind
 from cluster.gateway.servicer import InferenceServicer
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.gateway.wire import SERVICE, add_inference_service
@@ -101,7 +100,7 @@ class GatewayServer:
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
-        port = _bind(self._server, self._config.gateway)
+        port = bind(self._server, self._config.gateway)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         self._fleet.start()
@@ -151,58 +150,7 @@ def _options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
         ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_permit_without_calls", 1),  # idle connections are pinged too
         ("grpc.keepalive_timeout_ms", min(keepalive_ms, 20_000)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ]
-
-
-def _bind(server: grpc.aio.Server, config: GatewayConfig) -> int:
-    address = f"{config.host}:{config.port}"
-    if config.port and config.num_replicas == 1:
-        _check_free(config)
-    try:
-        credentials = _credentials(config)
-        if credentials is None:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, credentials)
-    except RuntimeError as error:
-        raise _port_error(config, "cannot be bound, or the TLS files do not fit") from error
-
-
-def _check_free(config: GatewayConfig) -> None:
-    """Raise if somebody listens: with SO_REUSEPORT two servers would share clients in silence."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host.strip("[]"), config.port))
-        except OSError as error:
-            raise _port_error(config, f"in use ({error.strerror})") from error
-
-
-def _port_error(config: GatewayConfig, reason: str) -> ConfigError:
-    return ConfigError(
-        f"gateway.port={config.port}: {reason} on {config.host}: "
-        "choose another, or stop who listens there",
-        field="gateway.port",
-    )
-
-
-def _credentials(config: GatewayConfig) -> grpc.ServerCredentials | None:
-    if not config.tls_cert:
-        return None
-    key, cert = _read(config.tls_key, "tls_key"), _read(config.tls_cert, "tls_cert")
-    client_ca = _read(config.tls_client_ca, "tls_client_ca") if config.tls_client_ca else None
-    return grpc.ssl_server_credentials(
-        [(key, cert)], root_certificates=client_ca, require_client_auth=client_ca is not None
-    )
-
-
-def _read(path: str, name: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        field = f"gateway.{name}"
-        raise ConfigError(
-            f"{field}={path}: {error.strerror}: give a PEM file", field=field
-        ) from error

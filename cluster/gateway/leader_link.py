@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 _MIN_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 2.0
-_MAX_COMMANDS = 65536  # a leader that reads none of so many is given up
+_MAX_COMMANDS = 65536  # waiting to be written to a leader
+_WRITE_TIMEOUT_S = 5.0  # a leader that reads nothing for so long is given up
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 256 * 2**20),  # a snapshot of 30 million blocks
     ("grpc.max_send_message_length", 64 * 2**20),
@@ -91,6 +92,8 @@ class LeaderLink:
         """
         if not self._is_connected:
             raise UnavailableError(f"replica {self.info.replica_id} is not connected: try again")
+        if len(self._commands) >= _MAX_COMMANDS:
+            raise UnavailableError(f"replica {self.info.replica_id} does not keep up: try again")
         stream = self._streams[request.request_id] = OutputStream()
         self._send(engine_pb2.SessionRequest(submit=convert.submit_to_proto(request)))
         return stream
@@ -159,10 +162,12 @@ class LeaderLink:
         while True:
             await self._has_commands.wait()
             self._has_commands.clear()
-            if len(self._commands) > _MAX_COMMANDS:
-                raise UnavailableError(f"the leader has not read {len(self._commands)} commands")
             while self._commands:
-                await session.write(self._commands.popleft())
+                try:
+                    async with asyncio.timeout(_WRITE_TIMEOUT_S):
+                        await session.write(self._commands.popleft())
+                except TimeoutError as error:
+                    raise UnavailableError("the leader reads no commands") from error
 
     async def _watch(self, stub: engine_pb2_grpc.EngineStub) -> None:
         while True:

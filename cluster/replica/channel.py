@@ -6,10 +6,12 @@ however it ends. Nothing that arrives is unpickled.
 
 from __future__ import annotations
 
+import math
 import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, cast
@@ -18,6 +20,8 @@ import msgpack
 
 from cluster.errors import UnavailableError
 
+POLL_S = 0.5  # how soon a closed listener is noticed
+HELLO_TIMEOUT_S = 5.0  # a worker greets as soon as it is connected
 MAX_MESSAGE_BYTES = 64 * 2**20  # a step plan of a full batch is far below this
 
 
@@ -75,6 +79,8 @@ class ChannelListener:
         self.auth_key = secrets.token_bytes(32)
         self._listener = Listener((host, 0), backlog=num_workers, authkey=self.auth_key)
         self._num_workers = num_workers
+        self._is_closed = False
+        self._deadline_s = math.inf
 
     @property
     def address(self) -> tuple[str, int]:
@@ -83,7 +89,11 @@ class ChannelListener:
         return str(host), int(port)
 
     def accept_all(
-        self, *, send_timeout_s: float, on_ready: Callable[[int, dict[str, Any]], None]
+        self,
+        *,
+        timeout_s: float,
+        send_timeout_s: float,
+        on_ready: Callable[[int, dict[str, Any]], None],
     ) -> list[Channel]:
         """Return one channel per worker, by index, when each has said that it is ready.
 
@@ -91,23 +101,21 @@ class ChannelListener:
         other, and later ``("ready", index, facts)``. Blocks; `close` from another thread ends it.
 
         Raises:
-            UnavailableError: The listener was closed, or a worker failed while it started.
+            UnavailableError: The time is over, the listener was closed, or a worker failed while
+                it started.
         """
+        self._deadline_s = time.monotonic() + timeout_s
         channels: dict[int, Channel] = {}
         while len(channels) < self._num_workers:
-            try:
-                connection = self._listener.accept()
-            except OSError as error:
-                raise UnavailableError("workers did not start") from error
-            except Exception:  # a stranger failed the challenge: keep listening
-                continue
-            channel = Channel(connection, send_timeout_s=send_timeout_s)
-            kind, index = channel.receive()
-            assert kind == "hello", kind
-            channels[index] = channel
+            channel = self._accept(send_timeout_s)
+            if channel is not None:
+                kind, index = channel.receive()
+                assert kind == "hello", kind
+                channels[index] = channel
         waiting = list(channels.values())
         while waiting:
-            for channel in wait_readable(waiting, timeout_s=None):
+            self._check_open()
+            for channel in wait_readable(waiting, timeout_s=POLL_S):
                 kind, index, facts = channel.receive()
                 if kind != "ready":
                     raise UnavailableError(f"worker {index}: {facts}")
@@ -115,8 +123,28 @@ class ChannelListener:
                 waiting.remove(channel)
         return [channels[index] for index in range(self._num_workers)]
 
+    def _accept(self, send_timeout_s: float) -> Channel | None:
+        """Return a channel whose first message is there; None for a stranger."""
+        self._check_open()
+        try:
+            connection = self._listener.accept()
+        except Exception:  # a stranger failed the challenge, or the listener was closed
+            self._check_open()
+            return None
+        if not connection.poll(HELLO_TIMEOUT_S):
+            connection.close()
+            return None
+        return Channel(connection, send_timeout_s=send_timeout_s)
+
+    def _check_open(self) -> None:
+        if self._is_closed or time.monotonic() > self._deadline_s:
+            raise UnavailableError(
+                "workers did not start: the group ended, or replica.start_timeout_s is over"
+            )
+
     def close(self) -> None:
         """Stop listening."""
+        self._is_closed = True
         # accept() in another thread sleeps through a close; a call wakes it up
         threading.Thread(target=_knock, args=(self.address,), daemon=True).start()
         self._listener.close()

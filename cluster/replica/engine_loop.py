@@ -59,11 +59,18 @@ class EngineLoop:
         self._wakeup = threading.Condition()
         self._is_stopping = False
         self._load_due_s = 0.0
+        self._step_began_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Begin to step."""
         self._thread.start()
+
+    @property
+    def step_age_s(self) -> float:
+        """For how long the present step has been running, seconds; 0 between two steps."""
+        began_s = self._step_began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
 
     def submit(self, request: EngineRequest) -> None:
         """Hand a request to the engine; what becomes of it arrives in updates.
@@ -106,7 +113,9 @@ class EngineLoop:
 
     def _turn(self) -> None:
         outputs = [output for command in self._take() if (output := self._apply(command))]
+        self._step_began_s = time.monotonic()
         outputs += self._engine.step()
+        self._step_began_s = None
         added, removed = self._engine.take_block_events()
         load = None
         now_s = time.monotonic()

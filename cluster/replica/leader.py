@@ -29,6 +29,8 @@ from cluster.types import ReplicaInfo, ReplicaLoad
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.1
+STOP_TIMEOUT_S = 5.0  # for the step that is being computed
+STEP_MARGIN_S = 1.0  # an executor that can tell a late step itself is given the time to
 FLUSH_S = 0.2  # for the last outputs to reach the gateways before the process ends
 
 
@@ -39,6 +41,7 @@ class Leader:
         config: Of the cluster.
         model: What the checkpoint says.
         executor: Computes the steps; belongs to the leader.
+        lifecycle: Of the group, whose workers are ready.
         store: Where the group registers.
         replica_id: New after every restart.
         node_id: Of the Ray node that the leader runs on.
@@ -52,6 +55,7 @@ class Leader:
         *,
         model: ModelInfo,
         executor: Executor,
+        lifecycle: GroupLifecycle,
         store: Store,
         replica_id: str,
         node_id: str,
@@ -69,12 +73,7 @@ class Leader:
         self._load = ReplicaLoad()
         self._tasks: list[asyncio.Task[None]] = []
         self._is_over = asyncio.Event()
-        self.lifecycle = GroupLifecycle(
-            config.parallel.world_size,
-            start_timeout_s=config.replica.start_timeout_s,
-            drain_timeout_s=config.replica.drain_timeout_s,
-            clock=WallClock(),
-        )
+        self.lifecycle = lifecycle
         self._servicer = EngineServicer(on_drain=self.drain)
         self._server = grpc.aio.server(
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 2**20)]
@@ -87,8 +86,6 @@ class Leader:
 
     async def start(self) -> ReplicaInfo:
         """Serve; returns what was registered. All workers are ready when this is called."""
-        for index in range(self._config.parallel.world_size):
-            self.lifecycle.worker_ready(index)
         self._loop = self._make_loop()
         engine_pb2_grpc.add_EngineServicer_to_server(self._servicer, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port(f"{self._config.replica.host}:0")
@@ -173,10 +170,13 @@ class Leader:
         await self._is_over.wait()
 
     async def stop(self) -> None:
-        """End everything that `start` began, and the executor."""
+        """End everything that `start` began, and the executor; what still runs is told so."""
         for task in self._tasks:
             task.cancel()
-        self._loop.stop(timeout_s=5.0)
+        self._servicer.fail_all(
+            "UNAVAILABLE: the replica drained and replica.drain_timeout_s is over: try again"
+        )
+        await asyncio.to_thread(self._loop.stop, STOP_TIMEOUT_S)
         try:
             await self._registry.unregister(self._replica_id)
         except SluiceError as error:
@@ -201,10 +201,15 @@ class Leader:
                 if is_known:
                     logger.warning("lease not renewed: %s", error)
                 is_known = False
+            except Exception:  # a group that nobody finds is worse than a loud one
+                logger.exception("lease not renewed")
             await asyncio.sleep(ttl_s / 4)
 
     async def _keep_time(self) -> None:
+        step_timeout_s = self._config.engine.step_timeout_s
         while not self.lifecycle.is_over:
+            if self._loop.step_age_s > step_timeout_s + STEP_MARGIN_S:
+                self.fail(f"step took longer than engine.step_timeout_s={step_timeout_s:g}")
             self.lifecycle.tick(self._servicer.num_requests)
             await asyncio.sleep(TICK_S)
         self._is_over.set()

@@ -8,7 +8,6 @@ restarts: they die with it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -20,6 +19,7 @@ from ray import serve
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.clock import WallClock
 from cluster.config import ClusterConfig, parse_config
 from cluster.engine.executor import Executor
 from cluster.errors import UnavailableError
@@ -27,9 +27,10 @@ from cluster.kvstore.open import open_store
 from cluster.model.checkpoint import ModelInfo, inspect_checkpoint
 from cluster.model.collective import NoCollective
 from cluster.model.runner import ModelRunner, ShardSpec, num_blocks_for
-from cluster.replica.channel import ChannelListener
+from cluster.replica.channel import Channel, ChannelListener
 from cluster.replica.executor import GroupExecutor, InProcessExecutor
-from cluster.replica.leader import Leader
+from cluster.replica.group import GroupLifecycle
+from cluster.replica.leader import TICK_S, Leader
 from cluster.replica.placement import bundles, leader_num_cpus, threads_per_worker
 from cluster.replica.worker import WorkerSpec, run_worker
 
@@ -62,23 +63,32 @@ class ReplicaGroup:
         self._config = parse_config(config)
         self._workers: list[Any] = []
         self._watchers: list[asyncio.Task[None]] = []
+        self._lifecycle = GroupLifecycle(
+            self._config.parallel.world_size,
+            start_timeout_s=self._config.replica.start_timeout_s,
+            drain_timeout_s=self._config.replica.drain_timeout_s,
+            clock=WallClock(),
+        )
         self._leader: Leader | None = None
         context = serve.get_replica_context()
         model = inspect_checkpoint(self._config.model.folder)
         executor = await self._make_executor(model)
         host = self._config.replica.host
         self._store = open_store(self._config.store)
-        self._leader = Leader(
+        leader = Leader(
             self._config,
             model=model,
             executor=executor,
+            lifecycle=self._lifecycle,
             store=self._store,
             replica_id=context.replica_id.unique_id,
             node_id=ray.get_runtime_context().get_node_id(),
             public_host=ray.util.get_node_ip_address() if host in WILDCARD_HOSTS else host,
             on_end=self._end,
         )
-        self.info = await self._leader.start()
+        self.info = await leader.start()
+        self._leader = leader  # from here on there is something to drain
+        self._check_alive()
 
     async def _make_executor(self, model: ModelInfo) -> Executor:
         config = self._config
@@ -96,9 +106,11 @@ class ReplicaGroup:
         )
         max_model_len = config.model.max_model_len or model.max_model_len
         if parallel.world_size == 1:
-            return await asyncio.to_thread(
+            whole = await asyncio.to_thread(
                 _load_in_process, config, num_blocks, max_model_len, num_threads
             )
+            self._lifecycle.worker_ready(0)
+            return whole
         spec = WorkerSpec(
             index=0,
             config=config.model_dump(),
@@ -155,26 +167,42 @@ class ReplicaGroup:
         self._watchers = [
             asyncio.create_task(self._watch(index, ref)) for index, ref in enumerate(refs)
         ]
+        try:
+            channels = await self._accept(listener, timeout_s)
+        finally:
+            listener.close()
+        return GroupExecutor(channels, num_blocks=template.num_blocks, num_stages=parallel.pp)
+
+    async def _accept(self, listener: ChannelListener, timeout_s: float) -> list[Channel]:
+        """Return the channels of all workers, unless one of them ends before all are ready."""
+        main, lifecycle = asyncio.get_running_loop(), self._lifecycle
+
+        def on_ready(index: int, facts: dict[str, Any]) -> None:
+            logger.info("worker %d is ready: %s", index, facts)
+            main.call_soon_threadsafe(lifecycle.worker_ready, index)
+
         accepting = asyncio.create_task(
             asyncio.to_thread(
                 listener.accept_all,
+                timeout_s=timeout_s,
                 send_timeout_s=self._config.engine.step_timeout_s,
-                on_ready=lambda index, facts: logger.info("worker %d is ready: %s", index, facts),
+                on_ready=on_ready,
             )
         )
-        done, _ = await asyncio.wait(
-            [accepting, *self._watchers], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
-        listener.close()
-        if accepting not in done:
-            with contextlib.suppress(UnavailableError):
-                await accepting
-            raise UnavailableError(
-                f"workers were not ready after replica.start_timeout_s={timeout_s:g}, or one died"
-            )
-        return GroupExecutor(
-            accepting.result(), num_blocks=template.num_blocks, num_stages=parallel.pp
-        )
+        while not accepting.done() and not lifecycle.is_over:
+            await asyncio.wait([accepting], timeout=TICK_S)
+            lifecycle.tick(0)
+        if not accepting.done():
+            listener.close()
+            await asyncio.wait([accepting], timeout=2.0)  # it may know the reason better
+        if accepting.done():
+            return accepting.result()
+        self._check_alive()
+        raise AssertionError("a wait that is not done has ended with the group")
+
+    def _check_alive(self) -> None:
+        if self._lifecycle.is_over:
+            raise UnavailableError(f"the group did not start: {self._lifecycle.reason}")
 
     async def _watch(self, index: int, ref: Any) -> None:
         """Wait for a worker to end: while the group lives that is its death."""
@@ -184,8 +212,8 @@ class ReplicaGroup:
         except Exception as error:
             reason = str(error).strip().splitlines()[-1] if str(error) else repr(error)
             logger.error("worker %d: %s", index, error)
-        if self._leader is not None and not self._leader.lifecycle.is_over:
-            self._leader.lifecycle.worker_lost(index, reason)
+        self._lifecycle.worker_lost(index, reason)
+        if self._leader is not None:
             self._leader.fail(reason)
 
     def _end(self, reason: str) -> None:
@@ -205,16 +233,16 @@ class ReplicaGroup:
 
     async def __del__(self) -> None:
         """Drain, then end: Serve calls this on scale-down, upgrade and shutdown."""
-        if self._leader is None:
-            return
-        self._leader.drain()
-        await self._leader.wait_drained()
+        if self._leader is not None:
+            self._leader.drain()
+            await self._leader.wait_drained()
         for watcher in self._watchers:
             watcher.cancel()
-        await self._leader.stop()
+        if self._leader is not None:
+            await self._leader.stop()
+            await self._store.close()
         for worker in self._workers:
             ray.kill(worker)
-        await self._store.close()
 
 
 def _load_in_process(

@@ -60,5 +60,33 @@ def test_unknown_store() -> None:
     assert "NOWHERE" in error_of("store.url=env:NOWHERE")
 
 
+def test_store_that_does_not_answer_and_its_password_stays_out_of_the_error() -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))  # nobody listens
+        message = error_of(f"store.url=redis://user:s3cret@127.0.0.1:{deaf.getsockname()[1]}/0")
+    assert "store.url" in message and "s3cret" not in message
+
+
+def test_store_url_without_a_scheme_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE", "s3cret@redis:6379")
+    message = error_of("store.url=env:STORE")
+    assert "store.url" in message and "s3cret" not in message
+
+
+def test_cache_that_holds_no_sequence() -> None:
+    assert "cache" in error_of(
+        "cache.memory_bytes=1048576", "cache.block_size=512", "model.dtype=float32"
+    )
+
+
+def test_tls_files_that_are_missing_or_no_pem(tmp_path: Path) -> None:
+    missing, wrong = tmp_path / "cert.pem", tmp_path / "key.pem"
+    wrong.write_text("no key")
+    files = (f"gateway.tls_cert={missing}", f"gateway.tls_key={wrong}")
+    assert "gateway.tls_cert" in error_of(*files)
+    missing.write_text("-----BEGIN CERTIFICATE-----")
+    assert "gateway.tls_key" in error_of(*files)
+
+
 def test_gateways_on_a_free_port_each() -> None:
     assert "gateway.num_replicas=2" in error_of("gateway.num_replicas=2")

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.client import AsyncClient, Client
+from cluster.client import AsyncClient, Client, Completion
+from cluster.clock import WallClock
 from cluster.config import DEMO_MODEL_PATH, ClusterConfig, load_config
+from cluster.engine.engine import Engine
 from cluster.errors import SluiceError
 from cluster.gateway.app import ServingCluster, check, start
-from cluster.types import SamplingParams
+from cluster.model.checkpoint import inspect_checkpoint
+from cluster.model.collective import NoCollective
+from cluster.model.runner import ModelRunner, ShardSpec
+from cluster.replica.executor import InProcessExecutor
+from cluster.types import EngineRequest, SamplingParams
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]
 
@@ -27,6 +34,21 @@ NUM_TOKENS = 64
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
 SEEDED = SamplingParams(
     max_tokens=32, temperature=0.9, top_p=0.95, top_k=50, seed=1234, ignore_eos=True
+)
+EVERYTHING = SamplingParams(
+    max_tokens=48,
+    min_tokens=12,
+    temperature=1.1,
+    top_k=80,
+    top_p=0.97,
+    min_p=0.005,
+    repetition_penalty=1.1,
+    presence_penalty=0.3,
+    frequency_penalty=0.2,
+    seed=99,
+    stop=("self", "\n\n\n"),
+    stop_token_ids=(12, 14),
+    num_logprobs=3,
 )
 
 
@@ -40,7 +62,7 @@ def configuration(tp: int, pp: int, num_replicas: int = 1) -> ClusterConfig:
             "parallel.num_cpus_per_worker=0.1",
             f"replica.num_replicas={num_replicas}",
             "gateway.port=0",
-            "cache.num_blocks=600",
+            "cache.num_blocks=80",  # all prompts together need more: some are preempted
             "engine.max_num_batched_tokens=128",  # prompts are computed in chunks
             f"store.namespace=test{os.getpid()}",
         ],
@@ -108,15 +130,70 @@ def test_layout_is_identical_to_transformers(
         assert got[index] == expected, f"prompt {index} of {len(prompts()[index])} tokens"
 
 
-SEEDED_ANSWERS: dict[int, list[int]] = {}  # of the first layout, 1x1: the others have to agree
+@pytest.fixture(scope="session")
+def seeded_reference() -> dict[int, list[int]]:
+    """The same engine on the whole model in this process: no Ray, no gRPC, one prompt at a time."""
+    config = configuration(1, 1)
+    info = inspect_checkpoint(DEMO_MODEL_PATH)
+    runner = ModelRunner(
+        config.model,
+        config.cache,
+        ShardSpec(tp_rank=0, tp=1, pp_rank=0, pp=1),
+        NoCollective(),
+        max_model_len=info.max_model_len,
+        num_blocks=200,
+    )
+    engine = Engine(
+        config.engine,
+        executor=InProcessExecutor(runner),
+        block_size=config.cache.block_size,
+        max_model_len=info.max_model_len,
+        fingerprint=b"reference",
+        eos_token_ids=frozenset(info.eos_token_ids),
+        vocab_size=info.vocab_size,
+        prefix_caching=False,
+        clock=WallClock(),
+    )
+    answers: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts()):
+        engine.add(EngineRequest(str(index), tuple(prompt), SEEDED))
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()
+        answers[index] = [token.token_id for output in outputs for token in output.tokens]
+    return answers
 
 
-def test_layout_samples_the_same_in_any_batch(cluster: ServingCluster) -> None:
+def test_layout_samples_the_same_in_any_batch(
+    cluster: ServingCluster, seeded_reference: dict[int, list[int]]
+) -> None:
     together = asyncio.run(answers(cluster.address, SEEDED))
+    assert together == seeded_reference, "another layout or batch, another answer"
     alone = asyncio.run(answers(cluster.address, SEEDED, only=[3, 9]))
-    assert alone == {index: together[index] for index in (3, 9)}
-    SEEDED_ANSWERS.update(SEEDED_ANSWERS or together)
-    assert together == SEEDED_ANSWERS, "another layout, another answer"
+    assert alone == {index: seeded_reference[index] for index in (3, 9)}
+
+
+COMBINED: dict[str, Completion] = {}  # of the first layout that ran; the others have to agree
+
+
+def test_layout_combines_every_sampling_parameter(cluster: ServingCluster) -> None:
+    with Client(cluster.address) as client:
+        done = client.generate(token_ids=prompts()[8], sampling=EVERYTHING, timeout_s=120)
+        plain = client.generate(
+            token_ids=prompts()[8],
+            sampling=replace(EVERYTHING, stop=(), stop_token_ids=(), ignore_eos=True),
+            timeout_s=120,
+        )
+    assert 12 <= len(done.token_ids) == done.usage.completion_tokens <= 48
+    assert len(plain.token_ids) == 48
+    assert all(len(position.top) == 3 for position in done.logprobs)
+    assert len(done.logprobs) == len(done.token_ids)
+    for position in done.logprobs:
+        assert position.top[0].logprob >= position.chosen.logprob - 1e-6
+    assert "self" not in done.text[-4:]
+    first = COMBINED.setdefault("first", done)
+    assert done.token_ids == first.token_ids and done.text == first.text
+    assert done.finish_reason == first.finish_reason
 
 
 def wait_ready(client: Client, other_than: str, timeout_s: float = 90) -> Any:

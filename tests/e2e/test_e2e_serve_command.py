@@ -50,10 +50,24 @@ def serving(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, A
             process.wait(60)
 
 
-def test_serve_ends_on_ctrl_c_and_leaves_nothing(
+def shared_memory_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+@pytest.fixture
+def before_serving() -> set[str]:
+    return shared_memory_files()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_serve_ends_on_a_signal_and_leaves_nothing(
+    before_serving: set[str],
     serving: tuple[subprocess.Popen[str], dict[str, Any]],
+    number: signal.Signals,
 ) -> None:
     process, ready = serving
+    shared_memory = shared_memory_files() - before_serving
+    assert shared_memory, "Ray's object store, at the least"
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     generate = [*SLUICE, "generate", "import os", "--address", ready["address"], "--json"]
@@ -62,13 +76,16 @@ def test_serve_ends_on_ctrl_c_and_leaves_nothing(
     )
     assert answer.returncode == 0, answer.stderr
 
-    os.killpg(process.pid, signal.SIGINT)
+    if number is signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     assert process.wait(90) == 0
     deadline_s = time.monotonic() + 20
     while left := [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
         assert time.monotonic() < deadline_s, [p.cmdline() for p in left]
         time.sleep(0.1)
-    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+    assert not shared_memory & shared_memory_files()
 
 
 def test_serve_refuses_a_bad_configuration_in_one_line() -> None:

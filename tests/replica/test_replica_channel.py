@@ -17,7 +17,7 @@ def join(listener: ChannelListener, num_workers: int) -> tuple[list[Channel], li
     """Return the leader's ends and the workers' ends, workers calling in reverse order."""
     pool = ThreadPoolExecutor(1)
     accepting: Future[list[Channel]] = pool.submit(
-        listener.accept_all, send_timeout_s=0.3, on_ready=lambda index, facts: None
+        listener.accept_all, timeout_s=10, send_timeout_s=0.3, on_ready=lambda index, facts: None
     )
     ends = {}
     for index in reversed(range(num_workers)):
@@ -61,7 +61,9 @@ def test_channels_are_ordered_by_index_however_workers_call(pair: Any) -> None:
 def test_stranger_without_the_key_is_refused_and_disturbs_nobody() -> None:
     listener = ChannelListener("127.0.0.1", 1)
     pool = ThreadPoolExecutor(1)
-    accepting = pool.submit(listener.accept_all, send_timeout_s=1, on_ready=lambda i, f: None)
+    accepting = pool.submit(
+        listener.accept_all, timeout_s=10, send_timeout_s=1, on_ready=lambda i, f: None
+    )
     with pytest.raises(UnavailableError):
         connect(listener.address, b"wrong", send_timeout_s=1)
     worker = connect(listener.address, listener.auth_key, send_timeout_s=1)
@@ -78,17 +80,50 @@ def test_stranger_without_the_key_is_refused_and_disturbs_nobody() -> None:
 def test_closing_the_listener_ends_the_wait() -> None:
     listener = ChannelListener("127.0.0.1", 1)
     pool = ThreadPoolExecutor(1)
-    accepting = pool.submit(listener.accept_all, send_timeout_s=1, on_ready=lambda i, f: None)
+    accepting = pool.submit(
+        listener.accept_all, timeout_s=10, send_timeout_s=1, on_ready=lambda i, f: None
+    )
     time.sleep(0.05)
     listener.close()
     with pytest.raises(UnavailableError):
         accepting.result(timeout=5)
 
 
+def test_closing_the_listener_ends_the_wait_for_a_worker_that_hangs() -> None:
+    listener = ChannelListener("127.0.0.1", 1)
+    pool = ThreadPoolExecutor(1)
+    accepting = pool.submit(
+        listener.accept_all, timeout_s=30, send_timeout_s=1, on_ready=lambda i, f: None
+    )
+    worker = connect(listener.address, listener.auth_key, send_timeout_s=1)
+    worker.send("hello", 0)
+    time.sleep(0.1)
+    listener.close()
+    with pytest.raises(UnavailableError, match="did not start"):
+        accepting.result(timeout=5)
+    worker.close()
+
+
+def test_worker_that_hangs_ends_the_wait_when_the_time_is_over() -> None:
+    listener = ChannelListener("127.0.0.1", 1)
+    pool = ThreadPoolExecutor(1)
+    accepting = pool.submit(
+        listener.accept_all, timeout_s=0.2, send_timeout_s=1, on_ready=lambda i, f: None
+    )
+    worker = connect(listener.address, listener.auth_key, send_timeout_s=1)
+    worker.send("hello", 0)
+    with pytest.raises(UnavailableError, match=r"replica\.start_timeout_s"):
+        accepting.result(timeout=5)
+    listener.close()
+    worker.close()
+
+
 def test_worker_that_fails_to_start_is_reported_with_its_reason() -> None:
     listener = ChannelListener("127.0.0.1", 1)
     pool = ThreadPoolExecutor(1)
-    accepting = pool.submit(listener.accept_all, send_timeout_s=1, on_ready=lambda i, f: None)
+    accepting = pool.submit(
+        listener.accept_all, timeout_s=10, send_timeout_s=1, on_ready=lambda i, f: None
+    )
     worker = connect(listener.address, listener.auth_key, send_timeout_s=1)
     worker.send("hello", 0)
     worker.send("failed", 0, "no such file")

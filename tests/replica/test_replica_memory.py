@@ -93,7 +93,10 @@ def test_rank_never_holds_the_whole_checkpoint(tmp_path: Path) -> None:
         processes[-1].start()
     try:
         accepting = ThreadPoolExecutor(1).submit(
-            listener.accept_all, send_timeout_s=5.0, on_ready=lambda index, facts: None
+            listener.accept_all,
+            timeout_s=240.0,
+            send_timeout_s=5.0,
+            on_ready=lambda index, facts: None,
         )
         channels = accepting.result(timeout=240)
         greedy = SampleSpec(0, 32, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, -1)
