@@ -93,7 +93,7 @@ class Client:
         tls: Tls | None = None,
         metadata: Metadata = (),
     ) -> None:
-        credentials = _credentials(Tls(ca_file) if ca_file else tls)
+        credentials = channel_credentials(Tls(ca_file) if ca_file else tls)
         self._channel = (
             grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
             if credentials is None
@@ -214,7 +214,7 @@ class AsyncClient:
         tls: Tls | None = None,
         metadata: Metadata = (),
     ) -> None:
-        credentials = _credentials(Tls(ca_file) if ca_file else tls)
+        credentials = channel_credentials(Tls(ca_file) if ca_file else tls)
         self._channel = (
             grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
             if credentials is None
@@ -347,7 +347,12 @@ def _error_of(error: Any) -> SluiceError:
     return public.error_from_status(error.code().name, error.details() or "", details)
 
 
-def _credentials(tls: Tls | None) -> grpc.ChannelCredentials | None:
+def channel_credentials(tls: Tls | None) -> grpc.ChannelCredentials | None:
+    """Return what a channel needs; None is plain text.
+
+    Raises:
+        ConfigError: A file cannot be read.
+    """
     if tls is None:
         return None
     try:

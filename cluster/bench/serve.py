@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
 
 from cluster.bench.load import LoadPlan, LoadRun, RequestShape
 from cluster.bench.statistics import LatencyObjective, RequestRecord, summarize
+from cluster.client import Tls, channel_credentials
 from cluster.errors import InvalidArgumentError, UnavailableError
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
@@ -28,7 +28,7 @@ class ServeBench:
     objective: LatencyObjective = field(default_factory=LatencyObjective)
     num_warmup: int = 0  # requests before the measurement, not counted
     model: str = ""  # empty: the only one served
-    ca_file: str | None = None  # PEM file that verifies the gateway; None speaks plain text
+    tls: Tls | None = None  # None speaks plain text
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -83,13 +83,9 @@ async def run_serve_bench(
 
 def _channel(bench: ServeBench) -> grpc.aio.Channel:
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    if bench.ca_file is None:
+    credentials = channel_credentials(bench.tls)
+    if credentials is None:
         return grpc.aio.insecure_channel(bench.address, options=options)
-    try:
-        credentials = grpc.ssl_channel_credentials(Path(bench.ca_file).read_bytes())
-    except OSError as error:
-        message = f"--ca-file {bench.ca_file}: {error.strerror}: give a PEM file"
-        raise InvalidArgumentError(message, field="ca-file") from error
     return grpc.aio.secure_channel(bench.address, credentials, options=options)
 
 

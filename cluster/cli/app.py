@@ -5,7 +5,8 @@ Exit status: 0 done, 1 failed, 2 wrong arguments or configuration, 130 interrupt
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -20,17 +21,37 @@ from cluster.errors import InvalidArgumentError, SluiceError
 
 INTERRUPTED = 130
 
+# Typer brings a click of its own, or uses the installed one: this is the parent in either.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+
 
 class _OneLineErrors(TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; an error that Sluice raised on purpose ends it without a traceback."""
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        """Run a command line; what ends it early becomes one line and an exit status."""
         try:
-            return super().invoke(ctx)
+            status = super().main(*args, **{**options, "standalone_mode": False})
+        except _UsageError as error:
+            status = _report_usage(error)
         except SluiceError as error:
-            typer.echo(f"sluice: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2 if isinstance(error, InvalidArgumentError) else 1) from error
-        except KeyboardInterrupt as error:
-            raise typer.Exit(INTERRUPTED) from error
+            status = _report(str(error), 2 if isinstance(error, InvalidArgumentError) else 1)
+        except typer.Abort:
+            status = INTERRUPTED
+        if status == INTERRUPTED:
+            _report("interrupted", INTERRUPTED)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _report_usage(error: typer.BadParameter) -> int:
+    message = error.format_message()
+    if not message:  # no arguments at all: the help was printed
+        return error.exit_code
+    hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+    return _report(f"{message.rstrip('.')}{hint}", error.exit_code)
+
+
+def _report(message: str, status: int) -> int:
+    typer.echo(f"sluice: {' '.join(message.split())}", err=True)
+    return status
 
 
 app = typer.Typer(

@@ -11,7 +11,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.cli.options import DEFAULT_ADDRESS, Address, AsJson, CaFile, bar_options, print_json
+from cluster.cli.options import (
+    DEFAULT_ADDRESS,
+    Address,
+    AsJson,
+    CaFile,
+    CertFile,
+    KeyFile,
+    bar_options,
+    print_json,
+    tls_of,
+)
 from cluster.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -31,6 +41,8 @@ _OBJECTIVE = "Objective"
 def bench_serve(
     address: Address = DEFAULT_ADDRESS,
     ca_file: CaFile = None,
+    cert_file: CertFile = None,
+    key_file: KeyFile = None,
     rate: Annotated[
         float | None,
         typer.Option(min=1e-6, help="Poisson arrivals per second.", rich_help_panel=_LOAD),
@@ -80,7 +92,8 @@ def bench_serve(
     plan = _load_plan(rate, concurrency, num_requests, duration, timeout_s)
     shape = RequestShape(input_tokens, output_tokens, shared_prefix_tokens, seed)
     objective = LatencyObjective(ttft_slo_s, tpot_slo_s)
-    measurement = ServeBench(address, plan, shape, objective, warmup, model, ca_file)
+    tls = tls_of(ca_file, cert_file, key_file)
+    measurement = ServeBench(address, plan, shape, objective, warmup, model, tls)
     _report_serve(measurement, _run_with_progress(measurement), plot, json)
 
 

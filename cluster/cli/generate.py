@@ -7,12 +7,24 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from cluster.cli.options import DEFAULT_ADDRESS, Address, AsJson, CaFile, print_json
+from cluster.cli.options import (
+    DEFAULT_ADDRESS,
+    Address,
+    AsJson,
+    CaFile,
+    CertFile,
+    KeyFile,
+    print_json,
+    tls_of,
+)
 from cluster.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from cluster.client import Event
+    from cluster.client import Event, ScoredToken
 
 _SAMPLING = "Sampling (unset: the gateway's defaults)"
 _END = "End of the answer"
@@ -22,6 +34,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     address: Address = DEFAULT_ADDRESS,
     ca_file: CaFile = None,
+    cert_file: CertFile = None,
+    key_file: KeyFile = None,
     model: Annotated[str, typer.Option(help="Name; empty is the only one served.")] = "",
     timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of the request.")] = 600.0,
     temperature: Annotated[
@@ -77,6 +91,10 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after end-of-text.", rich_help_panel=_END)
     ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, help="Report each token, and the N likeliest, with log probability."),
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Stream a completion to the terminal."""
@@ -94,12 +112,13 @@ def generate(
         "stop": stop,
         "stop_token_ids": stop_token_id,
         "ignore_eos": ignore_eos,
+        "logprobs": logprobs,
     }
     sampling = {name: value for name, value in choices.items() if value is not None}
     text = _read_stdin() if prompt == "-" else prompt
     from cluster.client import Client
 
-    with Client(address, ca_file=ca_file) as client:
+    with Client(address, tls=tls_of(ca_file, cert_file, key_file)) as client:
         if json:
             print_json(
                 asdict(client.generate(text, model=model, sampling=sampling, timeout_s=timeout_s))
@@ -121,15 +140,27 @@ def _print(events: Iterable[Event]) -> None:
     """Print the text as it comes, and what it took on standard error."""
     from cluster.client import Finished, TextDelta
 
+    scored: list[ScoredToken] = []
     for event in events:
         if isinstance(event, TextDelta):
             typer.echo(event.text, nl=False)
+            scored += event.logprobs
         elif isinstance(event, Finished):
             usage, timings = event.usage, event.timings
             typer.echo()
+            if scored:
+                Console(stderr=True).print(_logprobs_table(scored))
             typer.echo(
                 f"[{event.finish_reason}: {usage.completion_tokens} tokens, "
                 f"prompt {usage.prompt_tokens} ({usage.cached_tokens} cached), "
                 f"TTFT {timings.ttft_s * 1e3:.0f} ms, {timings.total_s:.2f} s]",
                 err=True,
             )
+
+
+def _logprobs_table(scored: Iterable[ScoredToken]) -> Table:
+    table = Table("token", "logprob", "likeliest")
+    for token in scored:
+        likeliest = ", ".join(f"{other.text!r} {other.logprob:.2f}" for other in token.top)
+        table.add_row(escape(repr(token.text)), f"{token.logprob:.2f}", escape(likeliest))
+    return table

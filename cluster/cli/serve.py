@@ -16,8 +16,10 @@ from rich.markup import escape
 from cluster.cli.options import AsJson, ConfigFile, Overrides, print_json
 from cluster.cli.status import status_table
 from cluster.config import load_config
+from cluster.errors import SluiceError
 
 if TYPE_CHECKING:
+    from cluster.client import ClusterState
     from cluster.gateway.app import ServingCluster
 
 _SIGNAL_POLL_S = 0.5
@@ -83,13 +85,22 @@ class _StopSignals:
 
 
 def _announce(cluster: ServingCluster, json: bool) -> None:
-    from cluster.client import Client
-
-    with Client(cluster.address, ca_file=cluster.config.gateway.tls_cert or None) as client:
-        state = client.status()
+    state = _ask_state(cluster)
     if json:
-        print_json({"address": cluster.address, **asdict(state)})
+        print_json({"address": cluster.address, **(asdict(state) if state else {"replicas": None})})
         return
     console = Console()
     console.print(f"serving on [bold]{cluster.address}[/], Ctrl-C stops")
-    console.print(status_table(state))
+    if state:
+        console.print(status_table(state))
+
+
+def _ask_state(cluster: ServingCluster) -> ClusterState | None:
+    """Return what the gateway says, or None: its TLS may be for others than this process."""
+    from cluster.client import Client
+
+    try:
+        with Client(cluster.address, ca_file=cluster.config.gateway.tls_cert or None) as client:
+            return client.status()
+    except SluiceError:
+        return None

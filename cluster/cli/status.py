@@ -13,7 +13,16 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.cli.options import DEFAULT_ADDRESS, Address, AsJson, CaFile, print_json
+from cluster.cli.options import (
+    DEFAULT_ADDRESS,
+    Address,
+    AsJson,
+    CaFile,
+    CertFile,
+    KeyFile,
+    print_json,
+    tls_of,
+)
 
 if TYPE_CHECKING:
     from cluster.client import Client, ClusterState
@@ -25,13 +34,15 @@ _STATE_STYLES = {"ready": "green", "connecting": "yellow", "draining": "magenta"
 def status(
     address: Address = DEFAULT_ADDRESS,
     ca_file: CaFile = None,
+    cert_file: CertFile = None,
+    key_file: KeyFile = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Repeat until Ctrl-C.")] = False,
     json: AsJson = False,
 ) -> None:
     """Print the replica groups: state, layout, blocks, load, prefix hits."""
     from cluster.client import Client
 
-    with Client(address, ca_file=ca_file) as client:
+    with Client(address, tls=tls_of(ca_file, cert_file, key_file)) as client:
         if json:
             for state in _states(client, watch):
                 print_json(asdict(state))

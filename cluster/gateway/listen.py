@@ -53,6 +53,12 @@ def check_tls_files(config: GatewayConfig) -> None:
         ConfigError: Naming the file's knob.
     """
     if not config.tls_cert:
+        if config.tls_client_ca:
+            raise ConfigError(
+                f"gateway.tls_client_ca={config.tls_client_ca} without gateway.tls_cert: plain "
+                "text asks for no certificates; set gateway.tls_cert and gateway.tls_key too",
+                field="gateway.tls_client_ca",
+            )
         return
     for name in ("tls_cert", "tls_key", "tls_client_ca"):
         path = getattr(config, name)
@@ -60,11 +66,18 @@ def check_tls_files(config: GatewayConfig) -> None:
             raise _tls_error(name, path, "no PEM file")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
+        # an empty password: a key that has one is refused here instead of asking the terminal
+        context.load_cert_chain(config.tls_cert, config.tls_key, password="")
     except (ssl.SSLError, ValueError) as error:
         raise _tls_error(
             "tls_cert", config.tls_cert, f"does not go with its key: {error}"
         ) from None
+    if config.tls_client_ca:
+        try:
+            context.load_verify_locations(config.tls_client_ca)
+        except ssl.SSLError as error:
+            reason = f"holds no certificate: {error}"
+            raise _tls_error("tls_client_ca", config.tls_client_ca, reason) from None
 
 
 def _credentials(config: GatewayConfig) -> grpc.ServerCredentials:

@@ -67,6 +67,11 @@ class EngineLoop:
         self._thread.start()
 
     @property
+    def num_commands(self) -> int:
+        """Commands that wait for the present step to end."""
+        return len(self._commands)
+
+    @property
     def step_age_s(self) -> float:
         """For how long the present step has been running, seconds; 0 between two steps."""
         began_s = self._step_began_s

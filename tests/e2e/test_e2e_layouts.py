@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.client import AsyncClient, Client, Completion
+from cluster.client import AsyncClient, Client, Completion, TextDelta
 from cluster.clock import WallClock
 from cluster.config import DEMO_MODEL_PATH, ClusterConfig, load_config
 from cluster.engine.engine import Engine
-from cluster.errors import SluiceError
+from cluster.errors import SluiceError, UnavailableError
 from cluster.gateway.app import ServingCluster, check, start
 from cluster.model.checkpoint import inspect_checkpoint
 from cluster.model.collective import NoCollective
@@ -206,28 +206,39 @@ def wait_ready(client: Client, other_than: str, timeout_s: float = 90) -> Any:
     raise AssertionError("no new group came up")
 
 
+def processes(cluster: ServingCluster, leader: psutil.Process) -> list[psutil.Process]:
+    """Return the workers of the cluster's one group."""
+    family = psutil.Process(leader.ppid()).children()
+    workers = [p for p in family if any("WorkerActor" in part for part in p.cmdline())]
+    world_size = cluster.config.parallel.world_size
+    assert len(workers) == (0 if world_size == 1 else world_size)
+    return workers
+
+
+@pytest.mark.parametrize("victim", ["leader", "worker"])
 def test_layout_is_rebuilt_when_a_process_of_it_is_killed(
-    cluster: ServingCluster, greedy_reference: list[list[int]]
+    cluster: ServingCluster, greedy_reference: list[list[int]], victim: str
 ) -> None:
+    layout = (cluster.config.parallel.tp, cluster.config.parallel.pp)
+    if (victim == "worker") == (layout == (1, 1)) or (victim == "leader" and sum(layout) == 3):
+        pytest.skip("1x1 has no workers; a leader with workers is killed in 2x2")
     with Client(cluster.address) as client:
         before = client.status().replicas[0]
         leader = psutil.Process(before.leader_pid)
-        victim = leader
-        if cluster.config.parallel.world_size > 1:
-            workers = [
-                p
-                for p in psutil.Process(leader.ppid()).children()
-                if any("WorkerActor" in part for part in p.cmdline())
-            ]
-            assert len(workers) == cluster.config.parallel.world_size
-            victim = workers[-1]
-        os.kill(victim.pid, signal.SIGKILL)
-        leader.wait(timeout=10)  # the whole group ends
+        workers = processes(cluster, leader)
+        long = SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True)
+        stream = client.stream(token_ids=prompts()[9], sampling=long, timeout_s=120)
+        for event in stream:  # the group is in the middle of it
+            if isinstance(event, TextDelta) and event.token_ids:
+                break
+        os.kill((leader if victim == "leader" else workers[-1]).pid, signal.SIGKILL)
+        with pytest.raises(UnavailableError):
+            for _ in stream:
+                pass
+        for process in (leader, *workers):  # the whole group ends
+            process.wait(timeout=10)
         after = wait_ready(client, other_than=before.replica_id)
         assert after.leader_pid != before.leader_pid
-        if cluster.config.parallel.world_size > 1:
-            for worker in workers:
-                worker.wait(timeout=10)
         done = client.generate(token_ids=prompts()[5], sampling=GREEDY, timeout_s=60)
         assert list(done.token_ids) == greedy_reference[5]
 

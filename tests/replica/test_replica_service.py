@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.service import EngineServicer
 from cluster.rpc import convert
 from cluster.rpc.sluice.internal.v1 import engine_pb2, engine_pb2_grpc
+from cluster.step import StepResult
 from cluster.types import EngineOutput, EngineRequest, FinishReason, SamplingParams
 from tests.fakes import FakeExecutor
 
@@ -25,9 +27,22 @@ FINGERPRINT = b"model"
 BLOCK_SIZE = 4
 
 
+class GatedExecutor(FakeExecutor):
+    """A step ends only while the gate is open."""
+
+    def __init__(self, *, num_blocks: int, block_size: int) -> None:
+        super().__init__(num_blocks=num_blocks, block_size=block_size)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def collect(self, timeout_s: float) -> StepResult:
+        assert self.gate.wait(10)
+        return super().collect(timeout_s)
+
+
 @dataclass
 class Running:
-    executor: FakeExecutor
+    executor: GatedExecutor
     engine: Engine
     loop: EngineLoop
     servicer: EngineServicer
@@ -37,7 +52,7 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(num_blocks: int = 64, max_num_waiting: int = 64) -> AsyncIterator[Running]:
-    executor = FakeExecutor(num_blocks=num_blocks, block_size=BLOCK_SIZE)
+    executor = GatedExecutor(num_blocks=num_blocks, block_size=BLOCK_SIZE)
     config = EngineConfig(max_num_waiting=max_num_waiting)
     engine = Engine(
         config,
@@ -131,23 +146,31 @@ async def test_session_carries_several_requests_to_their_ends() -> None:
         await until(lambda: leader.servicer.num_requests == 0)
 
 
-async def test_cancel_ends_the_request_and_frees_its_blocks() -> None:
+async def test_cancel_ends_the_request_in_the_step_after_it() -> None:
     async with running() as leader, gateway(leader) as session:
+        leader.executor.gate.clear()
         await session.submit("a", max_tokens=200)
-        await asyncio.sleep(0.01)
+        await until(lambda: leader.executor.plans)
         await session.cancel("a")
+        await until(lambda: leader.loop.num_commands)
+        leader.executor.gate.set()
         outputs = await session.outputs()
-        assert outputs[-1].finish_reason in (FinishReason.CANCELLED, FinishReason.LENGTH)
+        assert outputs[-1].finish_reason is FinishReason.CANCELLED
+        assert sum(len(output.tokens) for output in outputs) <= 1
         await until(lambda: leader.engine.load().num_free_blocks == 64)
+        assert len(leader.executor.plans) == 1
 
 
 async def test_session_that_breaks_ends_its_requests() -> None:
     async with running(num_blocks=1024) as leader, gateway(leader) as session:
+        leader.executor.gate.clear()
         await session.submit("a", max_tokens=4000)
-        await until(lambda: leader.servicer.num_requests == 1)
+        await until(lambda: leader.executor.plans)
         session.leave()
         await until(lambda: leader.servicer.num_requests == 0)
+        leader.executor.gate.set()
         await until(lambda: not leader.engine.has_work)
+        assert len(leader.executor.plans) == 1
 
 
 async def test_same_request_id_from_two_gateways_is_refused() -> None:
@@ -230,7 +253,5 @@ async def watching(
 
 @pytest.fixture(autouse=True)
 def no_leaked_threads() -> Iterator[None]:
-    import threading
-
     yield
     assert not [t for t in threading.enumerate() if t.name == "engine"]

@@ -1,0 +1,156 @@
+"""A leader without Ray: fake executor, store in memory, real gRPC, milliseconds of real time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from cluster.clock import WallClock
+from cluster.config import DEMO_MODEL_PATH, StoreConfig, load_config
+from cluster.errors import UnavailableError
+from cluster.kvstore.embedded import EmbeddedStore
+from cluster.kvstore.registry import Registry
+from cluster.model.checkpoint import inspect_checkpoint
+from cluster.replica.group import GroupLifecycle, GroupState
+from cluster.replica.leader import Leader
+from cluster.rpc import convert
+from cluster.rpc.sluice.internal.v1 import engine_pb2, engine_pb2_grpc
+from cluster.step import StepResult
+from cluster.types import EngineOutput, EngineRequest, ReplicaInfo, SamplingParams
+from tests.fakes import FakeExecutor
+
+
+class SlowExecutor(FakeExecutor):
+    """Takes its time for each step."""
+
+    step_s = 0.0
+
+    def collect(self, timeout_s: float) -> StepResult:
+        time.sleep(self.step_s)
+        return super().collect(timeout_s)
+
+
+class Group:
+    """A leader that runs, with what belongs to it."""
+
+    def __init__(self, *overrides: str) -> None:
+        self.config = load_config(None, ["replica.lease_ttl_s=1", *overrides])
+        self.executor = SlowExecutor(num_blocks=512, block_size=16, vocab_size=4096)
+        self.store = EmbeddedStore(StoreConfig(), WallClock())
+        self.ends: list[str] = []
+        replica = self.config.replica
+        lifecycle = GroupLifecycle(
+            1,
+            start_timeout_s=replica.start_timeout_s,
+            drain_timeout_s=replica.drain_timeout_s,
+            clock=WallClock(),
+        )
+        lifecycle.worker_ready(0)
+        self.leader = Leader(
+            self.config,
+            model=inspect_checkpoint(DEMO_MODEL_PATH),
+            executor=self.executor,
+            lifecycle=lifecycle,
+            store=self.store,
+            replica_id="r1",
+            node_id="n1",
+            public_host="127.0.0.1",
+            on_end=self.ends.append,
+        )
+
+
+@contextlib.asynccontextmanager
+async def started(*overrides: str) -> AsyncIterator[tuple[Group, ReplicaInfo]]:
+    group = Group(*overrides)
+    info = await group.leader.start()
+    try:
+        yield group, info
+    finally:
+        await group.leader.stop()
+        assert group.executor.is_shut_down
+
+
+async def last_output(info: ReplicaInfo, max_tokens: int = 2000, name: str = "a") -> EngineOutput:
+    """Send one request; return how it ended."""
+    async with grpc.aio.insecure_channel(info.address) as channel:
+        call = engine_pb2_grpc.EngineStub(channel).Session()
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        request = convert.submit_to_proto(EngineRequest(name, (1, 2, 3), sampling))
+        await call.write(engine_pb2.SessionRequest(submit=request))
+        async with asyncio.timeout(10):
+            while True:
+                message = await call.read()
+                assert message is not grpc.aio.EOF, "the session broke without a word"
+                for output in map(convert.output_from_proto, message.outputs):
+                    if output.finish_reason or output.error:
+                        return output
+
+
+async def until(condition: object, timeout_s: float = 10) -> None:
+    assert callable(condition)
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - it watches another thread
+            await asyncio.sleep(0.01)
+
+
+async def test_leader_registers_and_serves_and_leaves() -> None:
+    async with started() as (group, info):
+        assert (await last_output(info, max_tokens=3)).finish_reason is not None
+        await asyncio.sleep(0.05)
+        assert [i.replica_id for i in await Registry(group.store).list()] == ["r1"]
+    assert await Registry(group.store).list() == []
+
+
+async def test_drain_waits_for_requests_up_to_its_deadline_and_tells_them() -> None:
+    async with started("replica.drain_timeout_s=0.3") as (group, info):
+        group.executor.step_s = 0.02
+        request = asyncio.create_task(last_output(info))
+        await until(lambda: group.executor.plans)
+        group.leader.drain()
+        refused = await last_output(info, name="b")
+        assert refused.error is not None and "drains" in refused.error
+        assert group.leader.lifecycle.state is GroupState.DRAINING
+        await asyncio.wait_for(group.leader.wait_drained(), 5)
+        await group.leader.stop()
+        output = await request
+        assert output.error is not None and "replica.drain_timeout_s" in output.error
+    assert group.ends == [], "a drained group has not failed"
+
+
+async def test_failed_engine_ends_requests_and_group_once() -> None:
+    async with started() as (group, info):
+        group.executor.collect_fails = True
+        output = await last_output(info)
+        assert output.error is not None and output.error.startswith("UNAVAILABLE")
+        await until(lambda: group.ends)
+        assert len(group.ends) == 1
+        with pytest.raises(UnavailableError, match="worker 0 died"):
+            group.leader.check_health()
+
+
+async def test_step_that_hangs_in_this_process_ends_the_group() -> None:
+    async with started("engine.step_timeout_s=0.1") as (group, info):
+        group.executor.step_s = 2.0
+        output = await last_output(info)
+        assert output.error is not None and "engine.step_timeout_s=0.1" in output.error
+        await until(lambda: group.ends)
+
+
+async def test_lease_is_renewed_after_the_store_was_away() -> None:
+    async with started() as (group, _):
+        await asyncio.sleep(0.05)
+        put, group.store.put_lease = group.store.put_lease, broken  # type: ignore[method-assign]
+        await asyncio.sleep(1.1)
+        assert await Registry(group.store).list() == []
+        group.store.put_lease = put  # type: ignore[method-assign]
+        await asyncio.sleep(0.4)
+        assert len(await Registry(group.store).list()) == 1
+
+
+async def broken(*_arguments: object) -> None:
+    raise RuntimeError("what nobody expected")
