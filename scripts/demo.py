@@ -264,8 +264,12 @@ def demo(
         raise typer.Exit(1) from error
     result = summarize([stream.record() for stream in streams], LatencyObjective())
     report(result, hit_rate, json)
-    if any(stream.state != "done" for stream in streams):
-        raise typer.Exit(1)
+    raise typer.Exit(exit_status(streams))
+
+
+def exit_status(streams: list[Stream]) -> int:
+    """Return 0 where every stream finished, else 1."""
+    return int(any(stream.state != "done" for stream in streams))
 
 
 def report(result: dict[str, Any], hit_rate: float, json: bool) -> None:

@@ -45,18 +45,28 @@ PROMPTS = (
 class Recipe:
     """What decides the weights; a checkpoint of another recipe is refused."""
 
-    steps: int  # optimizer steps
+    steps: int  # optimizer steps of the first part
     seed: int  # of tokenizer, split, weights and batches
+    extension_steps: int = 240  # after them, with a rate high enough to learn a long context
     batch_tokens: int = 4096  # tokens per step
     seq_tokens: int = 512  # context of most steps, tokens
     long_seq_tokens: int = 2048  # context of the last steps, the one that is served
     long_fraction: float = 0.1  # share of the steps with the long context
     peak_lr: float = 2.5e-3  # of AdamW, after the warm-up
     warmup_steps: int = 100  # linear, from zero
+    extension_lr: float = 6e-4  # of the second part, a cosine down to zero
     weight_decay: float = 0.1  # on matrices only
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of both parts."""
+        return self.steps + self.extension_steps
+
     def lr(self, step: int) -> float:
-        """Return the learning rate of `step`: linear warm-up, then a cosine down to zero."""
+        """Return the learning rate of `step`: linear warm-up, a cosine to zero, and another."""
+        if step >= self.steps:
+            done = (step - self.steps) / self.extension_steps
+            return self.extension_lr * 0.5 * (1 + math.cos(math.pi * done))
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -65,6 +75,8 @@ class Recipe:
     def batch(self, stream: NDArray[np.int64], step: int) -> torch.Tensor:
         """Draw the windows of `step`, int64 [sequences, context + 1], from the token stream."""
         is_long = step >= self.steps * (1 - self.long_fraction)
+        if step >= self.steps:
+            is_long = step % 2 == 0  # long and short in turns: neither is forgotten
         length = self.long_seq_tokens if is_long else self.seq_tokens
         rng = np.random.default_rng((self.seed, step))
         starts = rng.integers(0, len(stream) - length, size=self.batch_tokens // length)
@@ -195,7 +207,7 @@ def card(model: Any, tokenizer: Any, recipe: Recipe, facts: dict[str, Any], resu
         for temperature in (0.0, 0.7)
     )
     num_parameters = sum(p.numel() for p in model.parameters())
-    stage = "" if facts["step"] == recipe.steps else f" (interim, of {recipe.steps})"
+    stage = "" if facts["step"] == recipe.total_steps else f" (interim, of {recipe.total_steps})"
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -245,8 +257,10 @@ python scripts/train_demo_model.py --steps {recipe.steps} --seed {recipe.seed}
 ```
 
 AdamW, {recipe.batch_tokens} tokens per step, context {recipe.seq_tokens}, in the last
-{recipe.long_fraction:.0%} of the steps {recipe.long_seq_tokens}; learning rate {recipe.peak_lr}
-after {recipe.warmup_steps} steps of warm-up, then a cosine down to zero.
+{recipe.long_fraction:.0%} of {recipe.steps} steps {recipe.long_seq_tokens}; learning rate
+{recipe.peak_lr} after {recipe.warmup_steps} steps of warm-up, then a cosine down to zero. Then
+{recipe.extension_steps} steps of both contexts in turns, from {recipe.extension_lr} down to zero:
+the end of the first cosine is too low to learn positions that were not seen before.
 
 ## Samples
 
@@ -365,8 +379,8 @@ class Trainer:
         saved_at, mean = self.seconds, 0.0
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task("training", total=self.recipe.steps, completed=self.step)
-            while self.step < self.recipe.steps:
+            task = progress.add_task("training", total=self.recipe.total_steps, completed=self.step)
+            while self.step < self.recipe.total_steps:
                 before_s = self.seconds
                 loss = self.train_step()
                 mean = loss if not mean else 0.95 * mean + 0.05 * loss
@@ -383,7 +397,7 @@ class Trainer:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Optimizer steps of 4096 tokens.")] = 1700,
+    steps: Annotated[int, typer.Option(help="Steps of 4096 tokens before the extension.")] = 1700,
     out: Annotated[Path, typer.Option(help="Folder for the model.")] = Path("cluster/model/demo"),
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     checkpoint_dir: Annotated[
@@ -399,7 +413,7 @@ def main(
     trainer = Trainer(Recipe(steps, seed), out, checkpoint_dir, console)
     console.print(f"{len(trainer.stream):,} tokens, {len(trainer.held_out)} files held out")
     result = trainer.run(save_every_s, interim_s)
-    facts = {**asdict(result), "steps": steps, "seconds": trainer.seconds}
+    facts = {**asdict(result), "steps": trainer.step, "seconds": trainer.seconds}
     if as_json:
         typer.echo(json.dumps(facts))
     else:

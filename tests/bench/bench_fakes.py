@@ -20,6 +20,15 @@ from cluster.rpc.sluice.v1.inference_pb2_grpc import (
 NUM_CACHED = 3
 
 
+def logprobs_of(sampling: pb.SamplingParams, index: int) -> list[pb.PositionLogprobs]:
+    """Return what a request that asks for log probabilities gets at one position."""
+    if not sampling.HasField("logprobs"):
+        return []
+    chosen = pb.TokenLogprob(token_id=index, logprob=-0.25, text=f"t{index} ")
+    top = [chosen, pb.TokenLogprob(token_id=99, logprob=-1.5, text="[x]")]
+    return [pb.PositionLogprobs(chosen=chosen, top=top[: sampling.logprobs])]
+
+
 class FakeInference(InferenceServicer):
     """Answers request n as `outcomes[n]` says: ok, refuse, truncate, short, break."""
 
@@ -60,6 +69,7 @@ class FakeInference(InferenceServicer):
         return pb.GenerateResponse(
             text="".join(f"t{index} " for index in range(num_tokens)),
             token_ids=range(num_tokens),
+            logprobs=[p for i in range(num_tokens) for p in logprobs_of(request.sampling, i)],
             finish_reason=pb.FINISH_REASON_LENGTH,
         )
 
@@ -91,7 +101,9 @@ class FakeInference(InferenceServicer):
         num_tokens = asked.sampling.max_tokens
         yield event(0, running=pb.Running(replica_id="r1"))
         for index in range(num_tokens - (outcome == "short")):
-            yield event(index + 1, delta=pb.TokenDelta(text=f"t{index} ", token_ids=[index]))
+            logprobs = logprobs_of(asked.sampling, index)
+            delta = pb.TokenDelta(text=f"t{index} ", token_ids=[index], logprobs=logprobs)
+            yield event(index + 1, delta=delta)
         if outcome == "break":
             context.abort(grpc.StatusCode.UNAVAILABLE, "the replica died")
         if outcome == "truncate":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from click.testing import Result
+from typing import Any
+
 from typer.testing import CliRunner
 
 from cluster.cli.app import app
 
 
-def run(*arguments: str, stdin: str | None = None) -> Result:
+def run(*arguments: str, stdin: str | None = None) -> Any:
     return CliRunner().invoke(app, arguments, input=stdin)
 
 

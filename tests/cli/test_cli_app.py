@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from cli_run import error_of, run
 
 HEAVY = ("torch", "ray", "transformers", "grpc", "numpy", "matplotlib")
@@ -25,8 +26,29 @@ def test_every_command_has_help(command: str) -> None:
     assert run(command, "--help").exit_code == 0
 
 
-def test_unknown_option_is_a_usage_error() -> None:
-    assert run("status", "--nonsense").exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["status", "--nonsense"], "--nonsense; see `sluice status --help`"),
+        (["nonsense"], "'nonsense'; see `sluice --help`"),
+        (["bench", "serve", "--rate", "fast"], "'--rate'"),
+        (["generate", "x", "--top-k", "-1"], "'--top-k'"),
+        (["generate"], "prompt"),
+        (["model", "random", "--shape", "tiny"], "'--out'"),
+        (["bench", "serve", "--rate", "1", "--cert-file", "c"], "--key-file=None"),
+        (["status", "--key-file", "k"], "--cert-file=None"),
+        (["status", "--cert-file", "c", "--key-file", "k"], "without --ca-file"),
+    ],
+)
+def test_wrong_arguments_lead_to_one_line(arguments: list[str], expected: str) -> None:
+    assert expected in error_of(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"], ["model"]])
+def test_group_without_a_command_prints_its_help(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert "Usage: sluice" in result.stdout
+    assert not result.stderr
 
 
 def test_bench_needs_exactly_one_kind_of_load() -> None:
@@ -34,9 +56,14 @@ def test_bench_needs_exactly_one_kind_of_load() -> None:
     assert "exactly one" in error_of("bench", "serve", "--rate", "1", "--concurrency", "1")
 
 
-def test_keyboard_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, typer.Abort])
+def test_interruption_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, interruption: type[BaseException]
+) -> None:
     def interrupted(path: object, overrides: object) -> None:
-        raise KeyboardInterrupt
+        raise interruption
 
     monkeypatch.setattr("cluster.cli.config.load_config", interrupted)
-    assert run("config").exit_code == 130
+    result = run("config")
+    assert result.exit_code == 130
+    assert result.output == "sluice: interrupted\n"

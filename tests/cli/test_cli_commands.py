@@ -53,6 +53,17 @@ def test_generate_sends_what_is_set_and_nothing_else(address: str, fake: FakeInf
     assert not sampling.HasField("repetition_penalty")
 
 
+def test_generate_reports_logprobs(address: str, fake: FakeInference) -> None:
+    asked = ["generate", "x", "--address", address, "--max-tokens", "2", "--logprobs", "2"]
+    result = run(*asked)
+    assert fake.requests[0].sampling.logprobs == 2
+    assert result.stdout == "t0 t1 \n"
+    assert result.stderr.count("-0.25, '[x]' -1.50") == 2
+    answer = json.loads(run(*asked, "--json").stdout)
+    assert [scored["logprob"] for scored in answer["logprobs"]] == [-0.25, -0.25]
+    assert [top["text"] for top in answer["logprobs"][1]["top"]] == ["t1 ", "[x]"]
+
+
 @pytest.mark.parametrize("outcome", ["refuse", "break", "truncate"])
 def test_generate_that_fails_says_so_in_one_line(outcome: str) -> None:
     with serving(FakeInference([outcome])) as address:

@@ -89,6 +89,7 @@ async def test_unknown_model_is_not_found(running: Stage) -> None:
         stub = InferenceStub(channel)
         for call in (
             stub.Generate(_request(model="gpt")),
+            stub.GenerateStream(pb.GenerateStreamRequest(request=_request(model="gpt"))),
             stub.Tokenize(pb.TokenizeRequest(model="gpt", text="x")),
         ):
             code, details = await _status(call)
@@ -121,6 +122,19 @@ async def test_message_of_50_mb_is_refused_and_the_connection_goes_on(running: S
         stub = InferenceStub(channel)
         code, _ = await _status(stub.Generate(_request(text="x" * 50_000_000)))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await stub.Generate(_sampling(max_tokens=1))).token_ids
+
+
+async def test_smaller_message_limit_is_kept_and_the_server_goes_on() -> None:
+    async with (
+        stage(FakeLeader(), max_message_bytes=64 * 1024) as running,
+        grpc.aio.insecure_channel(running.address) as channel,
+    ):
+        stub = InferenceStub(channel)
+        code, _ = await _status(stub.Generate(_request(text="x" * 65_600)))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        code, _ = await _status(stub.Generate(_request(text="x" * 65_400)))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT, "read, and longer than the context"
         assert (await stub.Generate(_sampling(max_tokens=1))).token_ids
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
 from pathlib import Path
 
 import grpc
@@ -12,6 +11,7 @@ import pytest
 from gateway_fakes import FakeLeader, eventually, stage
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tls_files import make_certificate
 
 from cluster.client import AsyncClient, Client, TextDelta, Tls
 from cluster.errors import ConfigError, UnavailableError
@@ -56,6 +56,19 @@ async def test_reflection_lists_and_describes_the_service() -> None:
         await call.write(symbol)
         assert (await call.read()).file_descriptor_response.file_descriptor_proto
         call.cancel()
+
+
+async def test_idle_connection_is_pinged() -> None:
+    async with stage(keepalive_s=1.0) as running, asyncio.timeout(10.0):
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        empty_settings = b"\0\0\0\4\0\0\0\0\0"
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + empty_settings)
+        kind, flags = 0, 0
+        while (kind, flags) != (6, 0):  # a PING that is no answer to one
+            header = await reader.readexactly(9)
+            kind, flags = header[3], header[4]
+            await reader.readexactly(int.from_bytes(header[:3], "big"))
+        writer.close()
 
 
 async def test_port_in_use_is_a_config_error() -> None:
@@ -128,22 +141,8 @@ async def test_drain_ends_requests_that_wait_for_a_replica() -> None:
         await stopping
 
 
-def _certificate(folder: Path, name: str) -> tuple[str, str]:
-    cert, key = str(folder / f"{name}.pem"), str(folder / f"{name}.key")
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
-            *("-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"),
-            *("-keyout", key, "-out", cert),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return cert, key
-
-
 async def test_tls_serves_who_knows_the_authority(tmp_path: Path) -> None:
-    cert, key = _certificate(tmp_path, "gateway")
+    cert, key = make_certificate(tmp_path, "gateway")
     async with stage(tls_cert=cert, tls_key=key) as running:
         async with AsyncClient(running.address, ca_file=cert) as client:
             assert (await client.list_models())[0].name == "sluice-demo"
@@ -154,9 +153,9 @@ async def test_tls_serves_who_knows_the_authority(tmp_path: Path) -> None:
             assert await asyncio.to_thread(sync.list_models)
 
 
-async def test_tls_with_client_ca_demands_a_certificate(tmp_path: Path) -> None:
-    cert, key = _certificate(tmp_path, "gateway")
-    own_cert, own_key = _certificate(tmp_path, "client")
+async def test_tls_with_client_ca_demands_amake_certificate(tmp_path: Path) -> None:
+    cert, key = make_certificate(tmp_path, "gateway")
+    own_cert, own_key = make_certificate(tmp_path, "client")
     async with stage(tls_cert=cert, tls_key=key, tls_client_ca=own_cert) as running:
         tls = Tls(cert, cert_file=own_cert, key_file=own_key)
         async with AsyncClient(running.address, tls=tls) as client:
@@ -167,7 +166,7 @@ async def test_tls_with_client_ca_demands_a_certificate(tmp_path: Path) -> None:
 
 
 async def test_missing_tls_file_is_a_config_error(tmp_path: Path) -> None:
-    cert, _ = _certificate(tmp_path, "gateway")
+    cert, _ = make_certificate(tmp_path, "gateway")
     missing = str(tmp_path / "no.key")
     with pytest.raises(ConfigError, match="No such file") as caught:
         async with stage(tls_cert=cert, tls_key=missing):
