@@ -29,16 +29,16 @@ class _OneLineErrors(TyperGroup):
     def main(self, *args: Any, **options: Any) -> NoReturn:
         """Run a command line; what ends it early becomes one line and an exit status."""
         try:
-            status = super().main(*args, **{**options, "standalone_mode": False})
+            exit_status = super().main(*args, **{**options, "standalone_mode": False})
         except _UsageError as error:
-            status = _report_usage(error)
+            exit_status = _report_usage(error)
         except SluiceError as error:
-            status = _report(str(error), 2 if isinstance(error, InvalidArgumentError) else 1)
+            exit_status = _report(str(error), 2 if isinstance(error, InvalidArgumentError) else 1)
         except typer.Abort:
-            status = INTERRUPTED
-        if status == INTERRUPTED:
+            exit_status = INTERRUPTED
+        if exit_status == INTERRUPTED:
             _report("interrupted", INTERRUPTED)
-        sys.exit(status if isinstance(status, int) else 0)
+        sys.exit(exit_status if isinstance(exit_status, int) else 0)
 
 
 def _report_usage(error: typer.BadParameter) -> int:

@@ -112,7 +112,7 @@ def check(config: ClusterConfig, *, is_local: bool = True) -> None:
 
     Args:
         config: To be deployed.
-        is_local: Whether gateways run on this machine, so that their port can be tried.
+        is_local: Whether gateways run on this machine, so that port and files can be tried.
 
     Raises:
         ConfigError: Naming the knob, its value and what to do.
@@ -142,8 +142,8 @@ def check(config: ClusterConfig, *, is_local: bool = True) -> None:
         )
     if is_local:
         check_port_free(config.gateway)
+        check_tls_files(config.gateway)
     num_blocks_for(info, config.cache, config.model.dtype, parallel.tp, parallel.pp)
-    check_tls_files(config.gateway)
     check_store(config.store)
 
 

@@ -114,11 +114,17 @@ class FakeInference(InferenceServicer):
 
 
 @contextlib.contextmanager
-def serving(fake: FakeInference) -> Iterator[str]:
-    """Serve on a free port; yields the address."""
+def serving(
+    fake: FakeInference, credentials: grpc.ServerCredentials | None = None
+) -> Iterator[str]:
+    """Serve on a free port, with TLS or in plain text; yields the address."""
     server = grpc.server(ThreadPoolExecutor(max_workers=16))
     add_InferenceServicer_to_server(fake, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = (
+        server.add_insecure_port("127.0.0.1:0")
+        if credentials is None
+        else server.add_secure_port("127.0.0.1:0", credentials)
+    )
     server.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -10,7 +10,7 @@ from cluster.cli.app import app
 
 
 def run(*arguments: str, stdin: str | None = None) -> Any:
-    return CliRunner().invoke(app, arguments, input=stdin)
+    return CliRunner().invoke(app, arguments, input=stdin, prog_name="sluice")
 
 
 def error_of(*arguments: str) -> str:
