@@ -66,8 +66,6 @@ def test_serve_ends_on_a_signal_and_leaves_nothing(
     number: signal.Signals,
 ) -> None:
     process, ready = serving
-    shared_memory = shared_memory_files() - before_serving
-    assert shared_memory, "Ray's object store, at the least"
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     generate = [*SLUICE, "generate", "import os", "--address", ready["address"], "--json"]
@@ -85,7 +83,7 @@ def test_serve_ends_on_a_signal_and_leaves_nothing(
     while left := [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
         assert time.monotonic() < deadline_s, [p.cmdline() for p in left]
         time.sleep(0.1)
-    assert not shared_memory & shared_memory_files()
+    assert shared_memory_files() <= before_serving
 
 
 def test_serve_refuses_a_bad_configuration_in_one_line() -> None:

@@ -175,12 +175,15 @@ async def test_session_that_breaks_ends_its_requests() -> None:
 
 async def test_same_request_id_from_two_gateways_is_refused() -> None:
     async with running(num_blocks=1024) as leader, gateway(leader) as one, gateway(leader) as two:
+        leader.executor.gate.clear()
         await one.submit("a", max_tokens=4000)
         await until(lambda: leader.servicer.num_requests == 1)
         await two.submit("a")
         (output,) = await two.outputs()
         assert output.error is not None and output.error.startswith("ALREADY_EXISTS")
         await one.cancel("a")
+        await until(lambda: leader.loop.num_commands)
+        leader.executor.gate.set()
         assert (await one.outputs())[-1].finish_reason is FinishReason.CANCELLED
 
 
@@ -195,12 +198,16 @@ async def test_request_that_can_never_fit_is_refused_and_others_go_on() -> None:
 
 async def test_drain_refuses_new_requests_and_lets_old_ones_finish() -> None:
     async with running(num_blocks=1024) as leader, gateway(leader) as session:
+        leader.executor.gate.clear()
         await session.submit("old", max_tokens=500)
         await until(lambda: leader.servicer.num_requests == 1)
         async with grpc.aio.insecure_channel(leader.address) as channel:
             await engine_pb2_grpc.EngineStub(channel).Drain(engine_pb2.DrainRequest())
         await session.submit("new")
-        outputs = await session.outputs(num_ends=2)
+        (refused,) = await session.outputs()
+        assert refused.request_id == "new"
+        leader.executor.gate.set()
+        outputs = [refused, *await session.outputs()]
         by_id = {o.request_id: o for o in outputs}
         assert by_id["new"].error is not None
         assert by_id["old"].finish_reason is FinishReason.LENGTH
