@@ -147,6 +147,9 @@ class ReplicaGroup:
             asyncio.gather(*(worker.endpoint.remote() for worker in self._workers)), timeout_s
         )
         listener = ChannelListener(ray.util.get_node_ip_address(), parallel.world_size)
+        # Where a stage has several ranks, worker 0's port is its stage's; the next rank's is free,
+        # and on the same node.
+        pipeline_address = endpoints[0 if parallel.tp == 1 else 1]
         refs = [
             worker.run.remote(
                 replace(
@@ -155,11 +158,7 @@ class ReplicaGroup:
                     leader_address=listener.address,
                     auth_key=listener.auth_key,
                     stage_port=endpoints[index - index % parallel.tp][1],
-                    pipeline_address=(
-                        (endpoints[0][0], endpoints[0][1])
-                        if parallel.tp == 1
-                        else (endpoints[1][0], endpoints[1][1])
-                    ),
+                    pipeline_address=pipeline_address,
                 )
             )
             for index, worker in enumerate(self._workers)
