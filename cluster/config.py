@@ -35,6 +35,14 @@ class ModelConfig(_Section):
         0, ge=0, description="tokens, prompt + answer; 0: the model's own limit"
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="where workers compute")
+    quantization: Literal["none", "int8", "int4", "fp8"] = Field(
+        "none",
+        description="of the linears at load: int8 (weights per channel, activations per token), "
+        "int4 (weights in groups), fp8 (GPU); a quantized checkpoint brings its own",
+    )
+    quantization_group_size: Literal[32, 64, 128] = Field(
+        128, description="weights of a row that share one scale, int4"
+    )
 
     @property
     def folder(self) -> Path:
@@ -56,6 +64,16 @@ class CacheConfig(_Section):
         256 * 2**20, ge=2**20, description="KV cache of one worker, bytes, where num_blocks is 0"
     )
     prefix_caching: bool = Field(True, description="reuse blocks of prompts seen before")
+    dtype: Literal["auto", "int8"] = Field(
+        "auto", description="of keys and values; int8: one scale per token and head, half the bytes"
+    )
+
+
+class LatencyConfig(_Section):
+    """The objective of one service class."""
+
+    ttft_s: float = Field(0.0, ge=0, description="seconds to the first token; 0: no objective")
+    tpot_s: float = Field(0.0, ge=0, description="seconds per further token; 0: no objective")
 
 
 class EngineConfig(_Section):
@@ -69,6 +87,26 @@ class EngineConfig(_Section):
     step_timeout_s: float = Field(
         120.0, gt=0, description="a step that takes longer ends the group"
     )
+    tpot_reserve: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of the tightest TPOT objective that a step leaves free for what is not "
+        "foreseen",
+    )
+    min_prefill_tokens: int = Field(
+        16,
+        ge=1,
+        description="prompt tokens that a step may take however tight the objectives are, so that "
+        "prompts do not starve",
+    )
+    interactive: LatencyConfig = Field(
+        LatencyConfig(ttft_s=1.0, tpot_s=0.1), description="objective of the class"
+    )
+    standard: LatencyConfig = Field(
+        LatencyConfig(ttft_s=5.0, tpot_s=0.25), description="objective of the class"
+    )
+    batch: LatencyConfig = Field(LatencyConfig(), description="objective of the class")
 
 
 class ParallelConfig(_Section):

@@ -47,6 +47,12 @@ class Metrics:
             buckets=_LATENCY_BUCKETS_S,
             registry=registry,
         )
+        self.slo = Counter(
+            "sluice_slo_total",
+            "Finished requests with an objective (ttft or tpot), by whether it was met.",
+            ["objective", "met"],
+            registry=registry,
+        )
         self.duration = Histogram(
             "sluice_request_duration_seconds",
             "From a finished request's arrival to its last token.",

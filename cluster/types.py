@@ -50,6 +50,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class SLO:
+    """The latency that a request should see; the engine batches so that `tpot_s` holds."""
+
+    ttft_s: float | None = None  # seconds to the first token; None is no objective
+    tpot_s: float | None = None  # seconds per further token; None is no objective
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One request as an engine gets it: token ids, no text."""
 
@@ -58,6 +66,7 @@ class EngineRequest:
     sampling: SamplingParams
     salt: bytes = b""  # of the tenant, from the authenticated identity: isolates cached blocks
     deadline_s: float | None = None  # seconds left when the engine receives it; None is no bound
+    slo: SLO = SLO()  # what its latency should be
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,84 @@ class EngineOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class StepShape:
+    """What the time of a step depends on."""
+
+    num_tokens: int = 0  # computed, of prompts and decodes
+    num_sequences: int = 0
+    context_tokens: int = 0  # in the KV cache, read by decodes
+    prompt_work: float = 0.0  # tokens x context read, summed over the prompt chunks
+
+    def with_decode(self, num_computed_tokens: int) -> StepShape:
+        """Return the shape with one more decoding sequence."""
+        return StepShape(
+            self.num_tokens + 1,
+            self.num_sequences + 1,
+            self.context_tokens + num_computed_tokens,
+            self.prompt_work,
+        )
+
+    def with_chunk(self, num_tokens: int, num_computed_tokens: int) -> StepShape:
+        """Return the shape with one more chunk of a prompt, read from the middle of it on average.
+
+        Args:
+            num_tokens: Of the chunk.
+            num_computed_tokens: Of its prompt, in the KV cache.
+        """
+        return StepShape(
+            self.num_tokens + num_tokens,
+            self.num_sequences + 1,
+            self.context_tokens,
+            self.prompt_work + num_tokens * (num_computed_tokens + num_tokens / 2),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """Seconds of a step on one replica, as fitted to its measured steps.
+
+    Convex and never falling in the tokens: below some number of tokens a step waits for the
+    weights' bytes, above it for arithmetic.
+    """
+
+    floor_s: float  # of any step
+    token_s: float  # per token
+    hinges: tuple[tuple[int, float], ...]  # (tokens, seconds more for each token beyond them)
+    sequence_s: float  # per sequence
+    context_s: float  # per token of context that decodes read
+    prompt_work_s: float  # per token x context of prompt chunks
+    num_steps: int = 0  # measured, that it rests on
+
+    def seconds(self, shape: StepShape) -> float:
+        """Return how long a step takes."""
+        num_tokens = shape.num_tokens
+        total_s = (
+            self.floor_s
+            + self.token_s * num_tokens
+            + self.sequence_s * shape.num_sequences
+            + self.context_s * shape.context_tokens
+            + self.prompt_work_s * shape.prompt_work
+        )
+        for tokens, more_s in self.hinges:
+            if num_tokens <= tokens:
+                break
+            total_s += more_s * (num_tokens - tokens)
+        return total_s
+
+    def scaled(self, factor: float) -> StepCost:
+        """Return the cost on a machine that needs `factor` times as long."""
+        return StepCost(
+            factor * self.floor_s,
+            factor * self.token_s,
+            tuple((tokens, factor * more_s) for tokens, more_s in self.hinges),
+            factor * self.sequence_s,
+            factor * self.context_s,
+            factor * self.prompt_work_s,
+            self.num_steps,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """What a leader pushes about itself, many times a second."""
 
@@ -105,6 +192,7 @@ class ReplicaLoad:
     num_prefix_hit_tokens: int = 0  # since start: of these, found in the cache
     num_generated_tokens: int = 0  # since start
     is_draining: bool = False  # takes no new requests
+    step_cost: StepCost | None = None  # None until a step was measured
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cluster.clock import VirtualClock
 from cluster.errors import UnavailableError
 from cluster.step import SequenceStep, StepPlan, StepResult
-from cluster.types import EngineRequest, FinishReason, SampledToken
+from cluster.types import EngineRequest, FinishReason, SampledToken, StepShape
 
 Choose = Callable[[Sequence[int]], int]
 
@@ -83,6 +84,7 @@ class FakeExecutor:
         self.vocab_size = vocab_size
         self.choose = choose or checksum_choice(vocab_size)
         self.plans: list[StepPlan] = []  # all that were submitted
+        self.token_s = 0.0  # what a step says that a token took; 0 is not measured
         self.submit_fails = False
         self.collect_fails = False
         self.is_shut_down = False
@@ -97,7 +99,8 @@ class FakeExecutor:
         self._check_step(plan)
         self.plans.append(plan)
         tokens = {s.seq_id: t for s in plan.sequences if (t := self._compute(s)) is not None}
-        self._in_flight.append((plan, StepResult(plan.step_id, tokens)))
+        elapsed_s = self.token_s * plan.num_tokens
+        self._in_flight.append((plan, StepResult(plan.step_id, tokens, elapsed_s)))
 
     def collect(self, timeout_s: float) -> StepResult:
         assert not self.is_shut_down and timeout_s > 0
@@ -173,3 +176,51 @@ class FakeExecutor:
     def _place(self, step: SequenceStep, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self.block_size)
         return step.block_table[block], offset
+
+
+def shape_of(plan: StepPlan) -> StepShape:
+    """Return what the time of a step depends on, read from its plan alone."""
+    shape = StepShape()
+    for step in plan.sequences:
+        if len(step.token_ids) == 1 and step.sample is not None:
+            shape = shape.with_decode(step.num_computed_tokens)
+        else:
+            shape = shape.with_chunk(len(step.token_ids), step.num_computed_tokens)
+    return shape
+
+
+class TimedExecutor:
+    """An executor without a model whose steps take the time that `seconds` says.
+
+    Args:
+        clock: Goes on by that time with each step.
+        seconds: Of a step of this shape.
+        num_blocks: Of a KV cache that is not there.
+    """
+
+    max_in_flight = 1
+
+    def __init__(
+        self, clock: VirtualClock, seconds: Callable[[StepShape], float], num_blocks: int = 4096
+    ) -> None:
+        self._clock, self._seconds = clock, seconds
+        self.num_blocks = num_blocks
+        self.shapes: list[StepShape] = []  # of all steps
+        self.elapsed_s: list[float] = []  # likewise
+        self._plans: deque[StepPlan] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        self._plans.append(plan)
+
+    def collect(self, timeout_s: float) -> StepResult:
+        plan = self._plans.popleft()
+        shape = shape_of(plan)
+        elapsed_s = self._seconds(shape)
+        self._clock.advance(elapsed_s)
+        self.shapes.append(shape)
+        self.elapsed_s.append(elapsed_s)
+        tokens = {s.seq_id: SampledToken(1) for s in plan.sequences if s.sample is not None}
+        return StepResult(plan.step_id, tokens, elapsed_s)
+
+    def shutdown(self) -> None:
+        self._plans.clear()

@@ -11,6 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cluster.cli.bench_batching import bench_batching
+from cluster.cli.bench_engine import bench_engine
+from cluster.cli.bench_techniques import bench_techniques
 from cluster.cli.options import (
     DEFAULT_ADDRESS,
     Address,
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
     from cluster.bench.serve import ServeBench, ServeBenchResult
     from cluster.bench.statistics import RequestRecord
 
-bench = typer.Typer(help="Measure: a serving cluster, or the gateway alone.", no_args_is_help=True)
+bench = typer.Typer(help="Measure: a cluster, the gateway, the engine.", no_args_is_help=True)
+bench.command("engine")(bench_engine)
+bench.command("techniques")(bench_techniques)
+bench.command("batching")(bench_batching)
 
 _DEFAULT_NUM_REQUESTS = 100
 _LOAD = "Load"

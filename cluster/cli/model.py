@@ -1,4 +1,4 @@
-"""`sluice model random | info`: make a model for benchmarks, look at one."""
+"""`sluice model random | info | quantize | eval`: make models, look at them, score them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cluster.cli.model_eval import evaluate_model
+from cluster.cli.model_quantize import quantize_model
 from cluster.cli.options import AsJson, bar_options, print_json
 from cluster.config import DEMO_MODEL_PATH, ModelConfig
 
 if TYPE_CHECKING:
     from cluster.model.model_info import ModelInfo
 
-model = typer.Typer(help="Make and inspect models.", no_args_is_help=True)
+model = typer.Typer(help="Make, inspect, quantize and score models.", no_args_is_help=True)
+model.command("quantize")(quantize_model)
+model.command("eval")(evaluate_model)
 
 
 @model.command("random")
@@ -66,10 +70,14 @@ def model_info(
 
 def _info_table(info: ModelInfo) -> Table:
     heads = f"{info.num_heads} of {info.head_dim}, {info.num_kv_heads} for keys and values"
+    quantization = info.quantization
+    if info.quantization_group_size:
+        quantization += f" in groups of {info.quantization_group_size}"
     rows = {
         "folder": info.folder,
         "family": info.model_type,
         "weights": f"{info.weight_bytes / 2**20:.1f} MiB, {info.dtype}",
+        "quantization": quantization,
         "context": f"{info.max_model_len} tokens",
         "vocabulary": f"{info.vocab_size} tokens",
         "layers": str(info.num_layers),

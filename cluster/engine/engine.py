@@ -19,8 +19,9 @@ from cluster.config import EngineConfig
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.executor import Executor
 from cluster.engine.prefix_cache import PrefixCache
-from cluster.engine.scheduler import Chunk, Scheduler
+from cluster.engine.scheduler import Batch, Chunk, Scheduler
 from cluster.engine.sequence import ModelTraits, Sequence, SequenceState, check_request
+from cluster.engine.step_time import StepTimeModel
 from cluster.errors import InvalidArgumentError, UnavailableError
 from cluster.step import StepPlan, StepResult
 from cluster.types import EngineOutput, EngineRequest, FinishReason, ReplicaLoad, SampledToken
@@ -29,7 +30,7 @@ from cluster.types import EngineOutput, EngineRequest, FinishReason, ReplicaLoad
 @dataclass(frozen=True, slots=True)
 class _StepInFlight:
     step_id: int
-    chunks: list[Chunk]
+    batch: Batch
 
 
 class Engine:
@@ -45,6 +46,7 @@ class Engine:
         vocab_size: Token ids are below.
         prefix_caching: Whether blocks are found again by later requests.
         clock: Measures deadlines and queueing.
+        step_time: Predicts steps, and learns from them; None begins with one that knows nothing.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Engine:
         vocab_size: int,
         prefix_caching: bool,
         clock: Clock,
+        step_time: StepTimeModel | None = None,
     ) -> None:
+        self.step_time = step_time or StepTimeModel()
         self._config = config
         self._executor = executor
         self._clock = clock
@@ -68,7 +72,11 @@ class Engine:
         )
         self._cache = PrefixCache(BlockPool(executor.num_blocks), is_enabled=prefix_caching)
         self._scheduler = Scheduler(
-            config, self._cache, block_size=block_size, max_in_flight=executor.max_in_flight
+            config,
+            self._cache,
+            block_size=block_size,
+            max_in_flight=executor.max_in_flight,
+            step_time=self.step_time,
         )
         self._sequences: dict[str, Sequence] = {}  # by request_id, until the end is decided
         self._steps: deque[_StepInFlight] = deque()  # submitted, oldest first
@@ -139,7 +147,7 @@ class Engine:
         """
         self._failure = error
         for step in self._steps:
-            for chunk in step.chunks:
+            for chunk in step.batch.chunks:
                 self._scheduler.abandon(chunk)
         self._steps.clear()
         for sequence in list(self._sequences.values()):
@@ -161,6 +169,7 @@ class Engine:
             num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
             num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            step_cost=self.step_time.cost,
         )
 
     @property
@@ -179,8 +188,8 @@ class Engine:
     def check_invariants(self) -> None:
         """Assert that queues, blocks and steps in flight agree."""
         live = {s.seq_id: s for s in self._sequences.values()}
-        in_flight = {c.sequence.seq_id: c.sequence for s in self._steps for c in s.chunks}
-        assert len(in_flight) == sum(len(s.chunks) for s in self._steps), "in flight twice"
+        in_flight = {c.sequence.seq_id: c.sequence for s in self._steps for c in s.batch.chunks}
+        assert len(in_flight) == sum(len(s.batch.chunks) for s in self._steps), "in flight twice"
         assert live == {**self._scheduler.running, **self._scheduler.waiting}
         for sequence in {**live, **in_flight}.values():
             assert sequence.in_flight == (sequence.seq_id in in_flight)
@@ -189,12 +198,12 @@ class Engine:
         self._cache.check_invariants(s.block_table for s in {**live, **in_flight}.values())
 
     def _submit(self) -> bool:
-        chunks = self._scheduler.schedule(self._clock.now())
-        if not chunks:
+        batch = self._scheduler.schedule(self._clock.now())
+        if not batch.chunks:
             return False
-        step = _StepInFlight(next(self._step_ids), chunks)
+        step = _StepInFlight(next(self._step_ids), batch)
         self._steps.append(step)
-        plans = tuple(chunk.sequence.plan(chunk.num_tokens) for chunk in chunks)
+        plans = tuple([chunk.sequence.plan(chunk.num_tokens) for chunk in batch.chunks])
         self._executor.submit(StepPlan(step.step_id, plans))
         return True
 
@@ -202,10 +211,12 @@ class Engine:
         result = self._executor.collect(self._config.step_timeout_s)
         step = self._steps.popleft()
         assert result.step_id == step.step_id, f"step {result.step_id} came for {step.step_id}"
-        outputs = (self._apply(chunk, result) for chunk in step.chunks)
+        self.step_time.observe(step.batch.shape, result.elapsed_s)
+        now_s = self._clock.now()
+        outputs = (self._apply(chunk, result, now_s) for chunk in step.batch.chunks)
         return [output for output in outputs if output is not None]
 
-    def _apply(self, chunk: Chunk, result: StepResult) -> EngineOutput | None:
+    def _apply(self, chunk: Chunk, result: StepResult, now_s: float) -> EngineOutput | None:
         """Advance a sequence by a computed chunk; return its new token, if it got one."""
         sequence = chunk.sequence
         self._scheduler.complete(chunk)
@@ -213,6 +224,8 @@ class Engine:
             return None
         token = result.tokens[sequence.seq_id]
         self._num_generated_tokens += 1
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
         reason = sequence.append(token.token_id)
         if reason is not None:
             return self._end(sequence, (token,), reason=reason)

@@ -1,6 +1,6 @@
 """Continuous batching: which sequences compute how many tokens in the next step.
 
-A step takes, until its budget of tokens or its number of sequences is used up,
+A step takes, until its budget of tokens or of time (pace.py) or its number of sequences is used up,
 
     1. the next token of every sequence that is decoding,
     2. the next chunk of the prompts that have begun,
@@ -18,14 +18,18 @@ them only with a token of the budget that they left over, so that they never out
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cluster.config import EngineConfig
+from cluster.engine.pace import step_limit_s
 from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.sequence import Sequence, SequenceState
+from cluster.engine.step_time import StepTimeModel, max_prompt_tokens
 from cluster.errors import OverloadedError
+from cluster.types import StepShape
 
 
 class Chunk(NamedTuple):
@@ -36,23 +40,42 @@ class Chunk(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Batch:
-    """The step that is being put together."""
+class Batch:
+    """A step that is being put together, then the step."""
 
     budget_tokens: int  # left
     num_places: int  # left
     chunks: list[Chunk] = field(default_factory=list)
+    num_tokens: int = 0  # of all chunks
+    context_tokens: int = 0  # that the decodes among them read
+    prompt_work: float = 0.0  # tokens x context of the others
 
     @property
     def is_full(self) -> bool:
-        return self.budget_tokens == 0 or self.num_places == 0
+        """Whether nothing more goes in."""
+        return self.budget_tokens <= 0 or self.num_places == 0
 
-    def add(self, sequence: Sequence) -> None:
-        """Take as many tokens of `sequence` as the budget allows; it is in flight from now on."""
+    @property
+    def shape(self) -> StepShape:
+        """What its time depends on."""
+        return StepShape(self.num_tokens, len(self.chunks), self.context_tokens, self.prompt_work)
+
+    def add_decode(self, sequence: Sequence) -> None:
+        """Take the next token of a decoding sequence; it is in flight from now on."""
+        self._add(sequence, 1)
+        self.context_tokens += sequence.num_computed_tokens
+
+    def add_prompt(self, sequence: Sequence) -> None:
+        """Take as many tokens of a prompt as the budget allows; it is in flight from now on."""
         num_tokens = min(sequence.num_remaining_tokens, self.budget_tokens)
+        self._add(sequence, num_tokens)
+        self.prompt_work += num_tokens * (sequence.num_computed_tokens + num_tokens / 2)
+
+    def _add(self, sequence: Sequence, num_tokens: int) -> None:
         sequence.in_flight = True
         self.budget_tokens -= num_tokens
         self.num_places -= 1
+        self.num_tokens += num_tokens
         self.chunks.append(Chunk(sequence, num_tokens))
 
 
@@ -64,12 +87,20 @@ class Scheduler:
         cache: The blocks.
         block_size: Tokens per block.
         max_in_flight: Steps that the executor works on at once; its pipeline stages.
+        step_time: Predicts steps; the owner lets it learn.
     """
 
     def __init__(
-        self, config: EngineConfig, cache: PrefixCache, *, block_size: int, max_in_flight: int
+        self,
+        config: EngineConfig,
+        cache: PrefixCache,
+        *,
+        block_size: int,
+        max_in_flight: int,
+        step_time: StepTimeModel,
     ) -> None:
         self._config = config
+        self._step_time = step_time
         self._cache = cache
         self._block_size = block_size
         self._max_in_flight = max_in_flight
@@ -97,13 +128,21 @@ class Scheduler:
         """Let a new sequence wait, after all that came before it."""
         self.waiting[sequence.seq_id] = sequence
 
-    def schedule(self, now_s: float) -> list[Chunk]:
+    def schedule(self, now_s: float) -> Batch:
         """Return the next step, empty if there is nothing to do; it is in flight from now on."""
-        batch = _Batch(self._config.max_num_batched_tokens, self._config.max_num_seqs)
-        self._take_decodes(batch)
-        self._take_begun_prompts(batch)
-        self._take_waiting(batch, now_s)
-        return batch.chunks
+        batch = Batch(self._config.max_num_batched_tokens, self._config.max_num_seqs)
+        decoding: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running.values():
+            (decoding if sequence.is_decoding else prompts).append(sequence)
+        self._take_decodes(batch, decoding)
+        if prompts:  # one of them may have been preempted for a decode
+            prompts = [p for p in prompts if p.state is SequenceState.RUNNING and not p.in_flight]
+        if prompts or self.waiting:
+            self._limit_prompts(batch, decoding, prompts, now_s)
+            self._take_begun_prompts(batch, prompts)
+            self._take_waiting(batch, now_s)
+        return batch
 
     def complete(self, chunk: Chunk) -> None:
         """Note that a chunk is computed; if its sequence ended meanwhile, free its blocks."""
@@ -144,31 +183,62 @@ class Scheduler:
             num_covered = len(sequence.block_table) * self._block_size
             assert num_covered >= sequence.num_tokens - sequence.is_decoding
 
-    def _take_decodes(self, batch: _Batch) -> None:
-        decodes = [sequence for sequence in self.running.values() if sequence.is_decoding]
+    def _take_decodes(self, batch: Batch, decoding: list[Sequence]) -> None:
         # An equal share for each step in flight, or one stage would work on all and others on none.
-        num_share = -(-len(decodes) // self._max_in_flight)
-        for sequence in decodes:
+        num_share = -(-len(decoding) // self._max_in_flight)
+        for sequence in decoding:
             if batch.is_full or len(batch.chunks) == num_share:
                 return
             # One that came earlier may have preempted it in this very loop.
             is_ready = sequence.state is SequenceState.RUNNING and not sequence.in_flight
             if is_ready and self._reserve_next_token(sequence):
-                batch.add(sequence)
+                batch.add_decode(sequence)
 
-    def _take_begun_prompts(self, batch: _Batch) -> None:
-        for sequence in self.running.values():
+    def _limit_prompts(
+        self,
+        batch: Batch,
+        decoding: list[Sequence],
+        prompts: list[Sequence],
+        now_s: float,
+    ) -> None:
+        """Lower the budget so that the step is over when the next tokens are due.
+
+        Those of all that decode: a sequence whose step is in flight waits behind this one too.
+        """
+        cost = self._step_time.cost
+        if cost is None:
+            return
+        limit_s = step_limit_s(
+            (sequence for sequence in decoding if sequence.state is SequenceState.RUNNING),
+            now_s,
+            reserve=self._config.tpot_reserve,
+            fastest_s=cost.seconds(batch.shape),
+        )
+        if limit_s == math.inf:
+            return
+        num_tokens = max_prompt_tokens(
+            cost,
+            limit_s,
+            batch.shape,
+            # Of the longest one, which is the slowest.
+            num_computed_tokens=max((s.num_computed_tokens for s in prompts), default=0),
+            most=batch.budget_tokens,
+        )
+        least = min(self._config.min_prefill_tokens, batch.budget_tokens)
+        batch.budget_tokens = max(least, num_tokens)
+
+    def _take_begun_prompts(self, batch: Batch, prompts: list[Sequence]) -> None:
+        for sequence in prompts:
             if batch.is_full:
                 return
-            if not sequence.in_flight and not sequence.is_decoding:
-                batch.add(sequence)
+            batch.add_prompt(sequence)
 
-    def _take_waiting(self, batch: _Batch, now_s: float) -> None:
+    def _take_waiting(self, batch: Batch, now_s: float) -> None:
         while self.waiting and not batch.is_full and len(self.running) < self._max_num_running:
             sequence = next(iter(self.waiting.values()))
             if not self._admit(sequence, now_s):
                 return
-            batch.add(sequence)
+            batch.add_prompt(sequence)
 
     def _reserve_next_token(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the block that its next token needs, or return False: wait.

@@ -63,6 +63,7 @@ class Sequence:
         "arrived_s",
         "block_table",
         "expires_s",
+        "first_token_s",
         "in_flight",
         "max_num_tokens",
         "num_cached_tokens",
@@ -93,8 +94,9 @@ class Sequence:
         self.block_table: tuple[int, ...] = ()
         self.num_registered_blocks = 0  # the first ones of the table are in the prefix cache
 
-        self.arrived_s = arrived_s  # seconds by the engine's clock, like the next two
+        self.arrived_s = arrived_s  # seconds by the engine's clock, like the next three
         self.admitted_s: float | None = None  # first time
+        self.first_token_s: float | None = None  # when it was chosen
         self.expires_s = math.inf if request.deadline_s is None else arrived_s + request.deadline_s
 
         eos = () if sampling.ignore_eos else tuple(sorted(traits.eos_token_ids))

@@ -24,10 +24,10 @@ from cluster.gateway.grpc_server import GatewayServer
 from cluster.gateway.listen import check_port_free, check_tls_files
 from cluster.kvstore.embedded_actor import delete_actor
 from cluster.kvstore.open import open_store
-from cluster.model.checkpoint import check_layout, inspect_checkpoint
+from cluster.model.checkpoint import check_layout, check_quantization, inspect_checkpoint
 from cluster.model.collective import check_compiler
-from cluster.model.layout import num_blocks_for
-from cluster.replica.placement import group_num_cpus
+from cluster.model.footprint import check_fits
+from cluster.replica.placement import check_devices, group_num_cpus
 from cluster.replica.ray_actors import STOP_MARGIN_S, WILDCARD_HOSTS, group_deployment
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ def check(config: ClusterConfig, *, is_local: bool = True) -> None:
     parallel = config.parallel
     info = inspect_checkpoint(config.model.folder)
     check_layout(info, parallel.tp, parallel.pp)
+    check_quantization(info, config.model, parallel)
     if config.model.max_model_len > info.max_model_len:
         raise ConfigError(
             f"model.max_model_len={config.model.max_model_len}, the model's limit is "
@@ -128,12 +129,7 @@ def check(config: ClusterConfig, *, is_local: bool = True) -> None:
         )
     if parallel.tp > 1 and config.model.device == "cpu":
         check_compiler()
-    if parallel.world_size > 1 and config.model.device == "cuda":
-        raise ConfigError(
-            f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp} on model.device=cuda: "
-            "groups of more than one GPU are not supported yet, use 1x1 or model.device=cpu",
-            field="parallel",
-        )
+    check_devices(config)
     if config.gateway.port == 0 and config.gateway.num_replicas > 1:
         raise ConfigError(
             f"gateway.port=0 with gateway.num_replicas={config.gateway.num_replicas}: "
@@ -143,7 +139,7 @@ def check(config: ClusterConfig, *, is_local: bool = True) -> None:
     if is_local:
         check_port_free(config.gateway)
         check_tls_files(config.gateway)
-    num_blocks_for(info, config.cache, config.model.dtype, parallel.tp, parallel.pp)
+        check_fits(info, config)
     check_store(config.store)
 
 

@@ -185,8 +185,14 @@ class Generation:
         metrics, answer = self._parts.metrics, self._answer
         metrics.ttft.observe(ttft_s)
         metrics.duration.observe(total_s)
+        tpot_s = (total_s - ttft_s) / max(1, answer.num_tokens - 1)
         if answer.num_tokens > 1:
-            metrics.tpot.observe((total_s - ttft_s) / (answer.num_tokens - 1))
+            metrics.tpot.observe(tpot_s)
+        slo = self._request.slo
+        if slo.ttft_s is not None:
+            metrics.slo.labels("ttft", str(ttft_s <= slo.ttft_s).lower()).inc()
+        if slo.tpot_s is not None:
+            metrics.slo.labels("tpot", str(tpot_s <= slo.tpot_s).lower()).inc()
         metrics.prompt_tokens.inc(len(self._request.prompt_token_ids))
         metrics.cached_tokens.inc(answer.num_cached_tokens)
         metrics.completion_tokens.inc(answer.num_tokens)

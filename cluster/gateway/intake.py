@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cluster.gateway import validation
 from cluster.gateway.generation import ClientCall, GatewayParts, Generation
+from cluster.gateway.objective import read_slo
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.types import EngineRequest
 
@@ -36,6 +37,7 @@ async def serve_request(
     validation.check_model(message.model, limits)
     validation.check_prompt_given(message)
     sampling = validation.read_sampling(message.sampling, limits, seed=parts.rng.getrandbits(64))
+    slo = read_slo(message, parts.config.engine)
     with parts.admission.admit(call.request_id):
         if message.WhichOneof("prompt") == "token_ids":
             token_ids, field = tuple(message.token_ids.ids), "token_ids"
@@ -43,5 +45,5 @@ async def serve_request(
         else:
             token_ids, field = await parts.tokenizer.encode(message.text), "text"
         sampling = validation.fit_context(sampling, len(token_ids), limits, prompt_field=field)
-        request = EngineRequest(call.request_id, token_ids, sampling, salt=_NO_SALT)
+        request = EngineRequest(call.request_id, token_ids, sampling, salt=_NO_SALT, slo=slo)
         await Generation(parts, call, request).run()

@@ -1,30 +1,29 @@
-"""The paged KV cache: writing it, and attending over it. Any device, plain torch.
-
-A slot is one token's place in the cache: slot = block * S + offset. What is read is a list of
-slots that hold tokens of the very sequence; padding repeats the sequence's first slot. So an unused
-slot, whatever garbage it holds, is never read.
+"""The paged KV cache: planning a step, writing, attending; each operation for every device.
 
     sequence of 6 tokens, S = 4, block table [7, 2]    slots 28 29 30 31 | 8 9
     its next token                                     slot 10
 
-Sequences with one query token (decode) run together, padded to the longest of their group;
-chunks of prompts run one by one through SDPA. Shape suffixes: see reference.py.
+A slot is one token's place in the cache: slot = block * S + offset. Only slots that hold tokens of
+the very sequence are read: whatever an unused slot holds, it changes no result. Where the work
+runs: native.py on a CPU, cuda.py on a GPU, plain.py where there is neither.
+Shape suffixes: see reference.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-MAX_GROUP_TOKENS = 32_768
-"""Padded context tokens that one group gathers: bounds the copy, at 2 x 32 Ki x K x H elements."""
+from cluster.kernels import native, plain
+from cluster.kernels.kv_cache import LayerCache
 
-MAX_PADDING_RATIO = 2
-"""A group's longest context over its shortest: bounds what padding can waste."""
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +40,25 @@ class SequenceSpan:
         return self.num_computed + self.num_new
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Sequences with one query token each, of similar length."""
-
-    rows_n: Tensor  # int64, their rows among the step's tokens
-    slots_nC: Tensor  # int64, padded with the sequence's own first slot
-    lens_n: Tensor  # int64, context lengths
-
-
-@dataclass(frozen=True, slots=True)
-class PromptChunk:
-    """One sequence with several query tokens."""
-
-    start: int  # its first row among the step's tokens
-    num_new: int
-    num_computed: int
-    slots_C: Tensor  # int64
-    masks: dict[int, Tensor] = field(default_factory=dict)  # by window, shared by the layers
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PagedBatch:
     """Where a step's tokens go and what they attend to: made once, read by each layer."""
 
     slots_T: Tensor  # int64, where each token's key and value are written
-    groups: tuple[DecodeGroup, ...]
-    chunks: tuple[PromptChunk, ...]
+    positions_T: Tensor  # int64, of each token in its sequence
+    query_starts_n1: Tensor  # int32 [n + 1], each sequence's first row among the tokens; T
+    context_lens_n: Tensor  # int32, tokens in the cache after the step
+    block_tables_nB: Tensor  # int32, padded with 0
+    max_query_len: int  # tokens of the longest part
+    max_context_len: int  # tokens of the longest sequence
+    block_size: int  # slots per block
+
+    @cached_property
+    def plain(self) -> plain.PlainPlan:
+        """What plain torch needs besides; made at its first use."""
+        return plain.make_plan(
+            self.query_starts_n1, self.context_lens_n, self.block_tables_nB, self.block_size
+        )
 
 
 def plan_batch(spans: Sequence[SequenceSpan], block_size: int, device: torch.device) -> PagedBatch:
@@ -78,74 +69,63 @@ def plan_batch(spans: Sequence[SequenceSpan], block_size: int, device: torch.dev
         block_size: Slots per block.
         device: Where the indices are needed.
     """
-    new_slots, decodes, chunks = [], [], []
-    row = 0
-    for span in spans:
-        slots_C = _slots([span.block_table], block_size)[0, : span.context_len]
-        new_slots.append(slots_C[span.num_computed :])
-        if span.num_new == 1:
-            decodes.append((span, row))
-        else:
-            on_device = slots_C.to(device)
-            chunks.append(PromptChunk(row, span.num_new, span.num_computed, on_device))
-        row += span.num_new
+    lengths = [(span.num_new, span.num_computed, len(span.block_table)) for span in spans]
+    new_n, computed_n, blocks_n = np.array(lengths, dtype=np.int64).T
+    blocks = np.fromiter(
+        chain.from_iterable(span.block_table for span in spans), np.int32, int(blocks_n.sum())
+    )
+    tables_nB = np.zeros((len(spans), int(blocks_n.max())), dtype=np.int32)
+    tables_nB[np.arange(tables_nB.shape[1]) < blocks_n[:, None]] = blocks
+    starts_n1 = np.zeros(len(spans) + 1, dtype=np.int32)
+    np.cumsum(new_n, out=starts_n1[1:])
+    rows_T = np.repeat(np.arange(len(spans)), new_n)
+    positions_T = np.arange(starts_n1[-1]) + np.repeat(computed_n - starts_n1[:-1], new_n)
+    block_T, offset_T = np.divmod(positions_T, block_size)
+    slots_T = tables_nB[rows_T, block_T].astype(np.int64) * block_size + offset_T
+    context_n = new_n + computed_n
     return PagedBatch(
-        slots_T=torch.cat(new_slots).to(device),
-        groups=tuple(_decode_group(members, block_size, device) for members in _group(decodes)),
-        chunks=tuple(chunks),
+        slots_T=_to(slots_T, device),
+        positions_T=_to(positions_T, device),
+        query_starts_n1=_to(starts_n1, device),
+        context_lens_n=_to(context_n.astype(np.int32), device),
+        block_tables_nB=_to(tables_nB, device),
+        max_query_len=int(new_n.max()),
+        max_context_len=int(context_n.max()),
+        block_size=block_size,
     )
 
 
-def _slots(tables: Sequence[Sequence[int]], block_size: int) -> Tensor:
-    blocks_nB = torch.tensor([list(table) for table in tables], dtype=torch.int64)
-    return (blocks_nB[:, :, None] * block_size + torch.arange(block_size)).flatten(1)
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
-def _group(decodes: list[tuple[SequenceSpan, int]]) -> list[list[tuple[SequenceSpan, int]]]:
-    groups: list[list[tuple[SequenceSpan, int]]] = []
-    for span, row in sorted(decodes, key=lambda item: item[0].context_len):
-        length = span.context_len
-        if (
-            not groups
-            or length > MAX_PADDING_RATIO * groups[-1][0][0].context_len
-            or length * (len(groups[-1]) + 1) > MAX_GROUP_TOKENS
-        ):
-            groups.append([])
-        groups[-1].append((span, row))
-    return groups
-
-
-def _decode_group(
-    members: list[tuple[SequenceSpan, int]], block_size: int, device: torch.device
-) -> DecodeGroup:
-    longest = members[-1][0].context_len
-    num_blocks = -(-longest // block_size)
-    tables = [(list(span.block_table) + [0] * num_blocks)[:num_blocks] for span, _ in members]
-    slots_nC = _slots(tables, block_size)[:, :longest]
-    lens_n = torch.tensor([span.context_len for span, _ in members])
-    is_token_nC = torch.arange(longest) < lens_n[:, None]
-    return DecodeGroup(
-        rows_n=torch.tensor([row for _, row in members], device=device),
-        slots_nC=torch.where(is_token_nC, slots_nC, slots_nC[:, :1]).to(device),
-        lens_n=lens_n.to(device),
-    )
-
-
-def write_kv(cache_BSKH: Tensor, new_TKH: Tensor, slots_T: Tensor) -> None:
-    """Put each token's row into its slot, in place.
+def write_kv(layer: LayerCache, k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor) -> None:
+    """Put each token's key and value into its slot, in place; an int8 cache takes them quantized.
 
     Args:
-        cache_BSKH: Contiguous keys or values of one layer.
-        new_TKH: Same dtype.
+        layer: Keeps the dtype of the rows, or int8.
+        k_TKH: Any strides.
+        v_TKH: Likewise.
         slots_T: int64, distinct.
     """
-    cache_BSKH.flatten(0, 1).index_copy_(0, slots_T, new_TKH)
+    if not _is_native(k_TKH):
+        plain.write_kv(layer, k_TKH, v_TKH, slots_T)
+        return
+    torch.ops.sluice.write_kv(
+        layer.keys_BSKH,
+        layer.values_BSKH,
+        layer.key_scales_BSK,
+        layer.value_scales_BSK,
+        _with_dense_rows(k_TKH),
+        _with_dense_rows(v_TKH),
+        slots_T,
+    )
 
 
 def paged_attention(
     q_TNH: Tensor,
-    k_cache_BSKH: Tensor,
-    v_cache_BSKH: Tensor,
+    layer: LayerCache,
     batch: PagedBatch,
     *,
     scale: float,
@@ -155,9 +135,8 @@ def paged_attention(
     """Return causal attention of a step's tokens, each over its own sequence.
 
     Args:
-        q_TNH: Queries in the order of the batch.
-        k_cache_BSKH: Keys; the step's own are already written.
-        v_cache_BSKH: Values, likewise.
+        q_TNH: Queries in the order of the batch, any strides.
+        layer: Keys and values; the step's own are already written.
         batch: From `plan_batch`.
         scale: Factor on the scores.
         window: Newest keys that a token sees, itself included; None is all.
@@ -166,98 +145,35 @@ def paged_attention(
     Returns:
         Tensor [T, N, H], contiguous.
     """
-    k_pool, v_pool = k_cache_BSKH.flatten(0, 1), v_cache_BSKH.flatten(0, 1)
-    out_TNH = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
-    for group in batch.groups:
-        out_nNH = _attend_group(q_TNH, k_pool, v_pool, group, scale, window, softcap)
-        out_TNH.index_copy_(0, group.rows_n, out_nNH)
-    for chunk in batch.chunks:
-        rows = slice(chunk.start, chunk.start + chunk.num_new)
-        k_CKH = k_pool.index_select(0, chunk.slots_C)
-        v_CKH = v_pool.index_select(0, chunk.slots_C)
-        out_TNH[rows] = _attend_chunk(q_TNH[rows], k_CKH, v_CKH, chunk, scale, window, softcap)
+    if q_TNH.device.type == "cuda":
+        from cluster.kernels.cuda import paged_attention_cuda  # where there is CUDA
+
+        return paged_attention_cuda(
+            q_TNH, layer, batch, scale=scale, window=window, softcap=softcap
+        )
+    if not _is_native(q_TNH):
+        return plain.paged_attention(
+            q_TNH, layer, batch.plain, scale=scale, window=window, softcap=softcap
+        )
+    out_TNH: Tensor = torch.ops.sluice.paged_attention(
+        _with_dense_rows(q_TNH),
+        layer.keys_BSKH,
+        layer.values_BSKH,
+        layer.key_scales_BSK,
+        layer.value_scales_BSK,
+        batch.query_starts_n1,
+        batch.context_lens_n,
+        batch.block_tables_nB,
+        scale,
+        window or 0,
+        softcap or 0.0,
+    )
     return out_TNH
 
 
-def _attend_group(
-    q_TNH: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    group: DecodeGroup,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    num_seqs, length = group.slots_nC.shape
-    num_kv_heads, head_dim = k_pool.shape[1:]
-    flat_slots = group.slots_nC.flatten()
-    k_nCKH = k_pool.index_select(0, flat_slots).view(num_seqs, length, num_kv_heads, head_dim)
-    v_nCKH = v_pool.index_select(0, flat_slots).view(num_seqs, length, num_kv_heads, head_dim)
-    q_nKGH = q_TNH.index_select(0, group.rows_n).view(num_seqs, num_kv_heads, -1, head_dim)
-    position_C = torch.arange(length, device=q_TNH.device)
-    is_seen_nC = position_C < group.lens_n[:, None]
-    if window is not None:
-        is_seen_nC &= position_C >= group.lens_n[:, None] - window
-    out = _attend(
-        q_nKGH,
-        k_nCKH.transpose(1, 2).contiguous(),  # bf16 products on strided keys take 3 times as long
-        v_nCKH.transpose(1, 2),
-        is_seen_nC[:, None, None],
-        scale,
-        softcap,
-    )
-    return out.flatten(1, 2)
+def _is_native(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES and not native.load()
 
 
-def _attend_chunk(
-    q_TNH: Tensor,
-    k_CKH: Tensor,
-    v_CKH: Tensor,
-    chunk: PromptChunk,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    num_new, num_heads, head_dim = q_TNH.shape
-    length, num_kv_heads = k_CKH.shape[:2]
-    group = num_heads // num_kv_heads
-    # Key-value heads are SDPA's batch, the queries of a group its heads: expanded views, no copies.
-    q_KGTH = q_TNH.view(num_new, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    k_KGCH = k_CKH.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
-    v_KGCH = v_CKH.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
-    is_windowed = window is not None and window < length
-    if softcap is not None:
-        is_seen_TC = _chunk_mask(chunk, window if is_windowed else None)
-        out_KGTH = _attend(q_KGTH, k_KGCH, v_KGCH, is_seen_TC, scale, softcap)
-    elif chunk.num_computed == 0 and not is_windowed:
-        out_KGTH = F.scaled_dot_product_attention(
-            q_KGTH, k_KGCH, v_KGCH, is_causal=True, scale=scale
-        )
-    else:
-        is_seen_TC = _chunk_mask(chunk, window if is_windowed else None)
-        out_KGTH = F.scaled_dot_product_attention(
-            q_KGTH, k_KGCH, v_KGCH, attn_mask=is_seen_TC, scale=scale
-        )
-    return out_KGTH.permute(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)
-
-
-def _chunk_mask(chunk: PromptChunk, window: int | None) -> Tensor:
-    key = window or 0
-    if key not in chunk.masks:
-        device = chunk.slots_C.device
-        key_C = torch.arange(chunk.num_computed + chunk.num_new, device=device)
-        query_T1 = key_C[chunk.num_computed :, None]
-        is_seen_TC = key_C <= query_T1
-        if window is not None:
-            is_seen_TC &= key_C > query_T1 - window
-        chunk.masks[key] = is_seen_TC
-    return chunk.masks[key]
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, is_seen: Tensor, scale: float, softcap: float | None
-) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill_(~is_seen, -torch.inf).softmax(-1).to(v.dtype) @ v
+def _with_dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

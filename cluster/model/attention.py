@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from cluster.errors import ConfigError
+from cluster.kernels.kv_cache import KVCache
 from cluster.kernels.ops import PagedBatch, paged_attention, write_kv
 
 ATTENTION_NAME = "sluice_paged"
@@ -24,7 +25,7 @@ class PagedStep:
     """What one step's attention needs besides queries, keys and values."""
 
     batch: PagedBatch
-    cache_L2BSKH: Tensor  # keys (0) and values (1) of this stage's layers
+    cache: KVCache  # of this stage's layers
     first_layer: int  # index in the model of the stage's first layer
 
 
@@ -58,13 +59,11 @@ def _paged_attention_forward(
             "which the paged cache does not serve; take another model",
             field="model.path",
         )
-    k_cache, v_cache = paged.cache_L2BSKH[module.layer_idx - paged.first_layer].unbind(0)
-    write_kv(k_cache, key[0].transpose(0, 1), paged.batch.slots_T)
-    write_kv(v_cache, value[0].transpose(0, 1), paged.batch.slots_T)
+    layer = paged.cache.layer(module.layer_idx - paged.first_layer)
+    write_kv(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), paged.batch.slots_T)
     out_TNH = paged_attention(
         query[0].transpose(0, 1),
-        k_cache,
-        v_cache,
+        layer,
         paged.batch,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,

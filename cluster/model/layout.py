@@ -11,6 +11,7 @@ from cluster.config import CacheConfig
 from cluster.errors import ConfigError
 from cluster.model.model_info import ModelInfo
 
+SCALE_BYTES = 4  # of an int8 cache's scale, as kernels/kv_cache.py has it, which imports torch
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _REPLICATED = "replicated"
 _SHARDED = {"colwise", "rowwise"}
@@ -117,10 +118,12 @@ def stage_layers(info: ModelInfo, pp: int) -> tuple[range, ...]:
     return tuple(range(begin, end) for begin, end in pairwise(bounds))
 
 
-def block_bytes(info: ModelInfo, block_size: int, dtype: str, tp: int, num_layers: int) -> int:
+def block_bytes(info: ModelInfo, cache: CacheConfig, dtype: str, tp: int, num_layers: int) -> int:
     """Return the bytes of one KV block on one worker, keys and values of `num_layers` layers."""
-    num_elements = 2 * num_layers * block_size * (info.num_kv_heads // tp) * info.head_dim
-    return num_elements * DTYPE_BYTES[info.dtype_for(dtype)]
+    num_rows = 2 * num_layers * cache.block_size * (info.num_kv_heads // tp)
+    if cache.dtype == "int8":
+        return num_rows * (info.head_dim + SCALE_BYTES)
+    return num_rows * info.head_dim * DTYPE_BYTES[info.dtype_for(dtype)]
 
 
 def num_blocks_for(
@@ -148,7 +151,7 @@ def num_blocks_for(
         ConfigError: Not even one such sequence fits, or the machine has less memory free.
     """
     most_layers = max(len(layers) for layers in stage_layers(info, pp))
-    num_bytes = block_bytes(info, cache.block_size, dtype, tp, most_layers)
+    num_bytes = block_bytes(info, cache, dtype, tp, most_layers)
     if cache.num_blocks:
         field, got, unit_bytes = "cache.num_blocks", cache.num_blocks, 1
     else:

@@ -1,7 +1,8 @@
 """Fills one worker's share of a model with its weights.
 
     the stage's module on the meta device, no memory (stage.py)
-        -> each nn.Linear becomes ours, at this rank's shape, the largest first
+        -> decoder layers of a known kind become fused ones, with linears to be set (fused_layer.py)
+        -> each nn.Linear becomes ours, at this rank's shape, quantized or packed, the largest first
         -> embedding table: mapped from the file, a row becomes resident when it is used
         -> the rest (norms, experts) is copied
 
@@ -11,10 +12,11 @@ At most one tensor beyond what stays is resident at any time.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +24,21 @@ from torch import Tensor, nn
 
 from cluster.errors import ConfigError
 from cluster.model.collective import Collective
+from cluster.model.fused_layer import FusedLayer, why_not_fused
 from cluster.model.layout import ShardSpec, check_layout, stage_layers
-from cluster.model.linear import PackedLinear, RowParallelLinear, VocabParallelHead, why_not_packed
+from cluster.model.linear import (
+    RowParallelLinear,
+    VocabParallelHead,
+    Weight,
+    concatenate,
+    interleave,
+    make_linear,
+    pad_rows,
+    why_linears_stay,
+)
 from cluster.model.model_info import ModelInfo
+from cluster.model.quantization.reader import read_quantized
+from cluster.model.quantization.weight import Scheme, head_scheme, quantize
 from cluster.model.stage import build_stage
 from cluster.model.weights import WeightSource, open_source
 
@@ -39,6 +53,8 @@ class Placement:
     dtype: torch.dtype  # of the weights, converted where the checkpoint's differs
     device: torch.device
     collective: Collective  # of the stage's ranks
+    quantization: Literal["none", "int8", "int4", "fp8"] = "none"  # of linears, while loading
+    group_size: int = 128  # of int4
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class Stage:
 
     model: Any  # transformers' causal LM, cut to `layers`
     layers: range  # indices of this stage's layers
+    is_fused: bool  # every layer is a `FusedLayer`
 
 
 def load_stage(info: ModelInfo, placement: Placement) -> Stage:
@@ -61,14 +78,30 @@ def load_stage(info: ModelInfo, placement: Placement) -> Stage:
     model = build_stage(Path(info.folder), placement.dtype, layers, shard)
     source = open_source(model, Path(info.folder), placement.dtype, shard.tp)
     _Filler(model, info.tp_plan, placement, source).fill()
-    reason = why_not_packed(placement.dtype, placement.device)
+    reason = why_linears_stay(placement.dtype, placement.device)
     logger.info(
-        "stage %d of %d, rank %d of %d: layers %d to %d in %s; linears %s",
+        "stage %d of %d, rank %d of %d: layers %d to %d in %s, weights %s; linears %s",
         *(shard.pp_rank, shard.pp, shard.tp_rank, shard.tp),
         *(layers.start, layers.stop - 1, placement.dtype),
-        f"as they are: {reason}" if reason else "packed by oneDNN",
+        info.quantization_for(placement.quantization).replace("none", "not quantized"),
+        f"as they are: {reason}" if reason else "packed",
     )
-    return Stage(model, layers)
+    num_fused = sum(isinstance(module, FusedLayer) for module in model.modules())
+    return Stage(model, layers, is_fused=num_fused == len(layers))
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A place for one of our linears, made of one or more of transformers'."""
+
+    owner: nn.Module
+    attribute: str
+    sources: tuple[nn.Linear, ...]  # several become one, row below row
+    joins_gate_up: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        return sum(linear.in_features * linear.out_features for linear in self.sources)
 
 
 class _Filler:
@@ -83,14 +116,14 @@ class _Filler:
         prefix = model.base_model_prefix
         self._plan = {f"{prefix}.{pattern}": style for pattern, style in tp_plan.items()}
         self._names = {module: name for name, module in model.named_modules()}
+        self._head = model.get_output_embeddings()
 
     def fill(self) -> None:
         """Replace the linears, then load what remains."""
-        head = self._model.get_output_embeddings()
-        linears = [module for module in self._model.modules() if type(module) is nn.Linear]
+        slots = [*self._fuse_layers(), *self._single_slots()]
         # The largest first: what is resident only while packing falls into the time of least use.
-        for linear in sorted(linears, key=lambda m: -m.in_features * m.out_features):
-            self._replace(linear, self._head(head) if linear is head else self._linear(linear))
+        for slot in sorted(slots, key=lambda s: -s.num_elements):
+            setattr(slot.owner, slot.attribute, self._linear(slot))
         for name, parameter in list(self._model.named_parameters()):
             owner, _, attribute = name.rpartition(".")
             module = self._model.get_submodule(owner)
@@ -101,25 +134,61 @@ class _Filler:
             owner, _, attribute = name.rpartition(".")
             self._model.get_submodule(owner)._buffers[attribute] = self._buffer(name, buffer)
 
-    def _replace(self, linear: nn.Linear, ours: nn.Module) -> None:
-        owner, _, attribute = self._names[linear].rpartition(".")
-        setattr(self._model.get_submodule(owner), attribute, ours)
+    def _fuse_layers(self) -> Iterator[_Slot]:
+        """Replace the decoder layers that can be fused; yield the places of their linears."""
+        placement, tp = self._placement, self._placement.shard.tp
+        for name, layer in list(self._model.named_modules()):
+            if not hasattr(layer, "self_attn") or not hasattr(layer, "mlp"):
+                continue
+            reason = why_not_fused(layer, tp, placement.dtype, placement.device)
+            if reason:
+                logger.debug("%s runs as transformers made it: %s", name, reason)
+                continue
+            fused, attention, mlp = FusedLayer(layer, tp), layer.self_attn, layer.mlp
+            owner, _, attribute = name.rpartition(".")
+            setattr(self._model.get_submodule(owner), attribute, fused)
+            yield _Slot(fused, "qkv", (attention.q_proj, attention.k_proj, attention.v_proj))
+            yield _Slot(fused, "out", (attention.o_proj,))
+            yield _Slot(fused, "gate_up", (mlp.gate_proj, mlp.up_proj), joins_gate_up=True)
+            yield _Slot(fused, "down", (mlp.down_proj,))
 
-    def _linear(self, linear: nn.Linear) -> nn.Module:
+    def _single_slots(self) -> Iterator[_Slot]:
+        for name, module in list(self._model.named_modules()):
+            if type(module) is nn.Linear:
+                owner, _, attribute = name.rpartition(".")
+                yield _Slot(self._model.get_submodule(owner), attribute, (module,))
+
+    def _linear(self, slot: _Slot) -> nn.Module:
+        """Return our linear for a slot, loaded."""
+        first = slot.sources[0]
+        if first is self._head:
+            return self._make_head(first)
+        name = self._names[first]
+        if self._placement.shard.tp > 1 and self._style(name) == "rowwise":
+            columns = self._part(name, first.in_features)
+            weight = self._weight(f"{name}.weight", columns=columns)
+            bias_O = self._own(f"{name}.bias") if first.bias is not None else None
+            return RowParallelLinear(weight, bias_O, self._placement.collective)
+        loaded = [self._rows_of(linear) for linear in slot.sources]
+        weights = [weight for weight, _ in loaded]
+        if slot.joins_gate_up:
+            return make_linear(interleave(*weights), _joined_bias(loaded), joins_gate_up=True)
+        biases = [bias_O for _, bias_O in loaded if bias_O is not None]
+        return make_linear(concatenate(weights), torch.cat(biases) if biases else None)
+
+    def _rows_of(self, linear: nn.Linear) -> tuple[Weight, Tensor | None]:
+        """Return this rank's rows of a linear's weight and bias."""
         name = self._names[linear]
-        style = next((s for p, s in self._plan.items() if fnmatchcase(name, p)), "replicated")
-        has_bias = linear.bias is not None
-        if self._placement.shard.tp > 1 and style == "rowwise":
-            weight_OI = self._matrix(f"{name}.weight", self._part(name, linear.in_features), axis=1)
-            bias_O = self._own(f"{name}.bias") if has_bias else None
-            return RowParallelLinear(weight_OI, bias_O, self._placement.collective)
         part = slice(None)
-        if style == "colwise":
+        if self._style(name) == "colwise":
             part = self._part(name, linear.out_features)
-        bias_O = self._own(f"{name}.bias", part) if has_bias else None
-        return PackedLinear(self._matrix(f"{name}.weight", part), bias_O)
+        bias_O = self._own(f"{name}.bias", part) if linear.bias is not None else None
+        return self._weight(f"{name}.weight", rows=part), bias_O
 
-    def _head(self, head: nn.Linear) -> nn.Module:
+    def _style(self, name: str) -> str:
+        return next((s for p, s in self._plan.items() if fnmatchcase(name, p)), "replicated")
+
+    def _make_head(self, head: nn.Linear) -> nn.Module:
         name, vocab_size, shard = self._names[head], head.out_features, self._placement.shard
         weight = f"{name}.weight"
         if not self._source.has(weight):
@@ -127,12 +196,12 @@ class _Filler:
         num_rows = -(-vocab_size // shard.tp)
         begin = num_rows * shard.tp_rank
         part = slice(begin, min(begin + num_rows, vocab_size))
-        weight_VD = self._matrix(weight, part)
+        # Ranks gather equal shares: the last one's may be padded.
+        loaded = self._weight(weight, rows=part, is_head=True, num_rows=num_rows)
         bias_V = self._own(f"{name}.bias", part) if head.bias is not None else None
-        if num_missing := num_rows - weight_VD.shape[0]:  # ranks gather equal shares
-            weight_VD = F.pad(weight_VD, (0, 0, 0, num_missing))
-            bias_V = None if bias_V is None else F.pad(bias_V, (0, num_missing))
-        return VocabParallelHead(weight_VD, bias_V, vocab_size, self._placement.collective)
+        if bias_V is not None:
+            bias_V = F.pad(bias_V, (0, num_rows - len(bias_V)))
+        return VocabParallelHead(loaded, bias_V, vocab_size, self._placement.collective)
 
     def _part(self, name: str, size: int) -> slice:
         shard = self._placement.shard
@@ -151,13 +220,42 @@ class _Filler:
         view = self._source.read(name, part)
         return view.to(device=placement.device, dtype=placement.dtype, copy=True)
 
-    def _matrix(self, name: str, part: slice, axis: int = 0) -> Tensor:
-        """Return a contiguous matrix; still a view of the file where packing copies it anyway."""
-        dtype, device = self._placement.dtype, self._placement.device
-        view = self._source.read(name, part, axis)
-        matrix = view.to(device=device, dtype=dtype).contiguous()
-        is_kept = bool(why_not_packed(dtype, device))
-        return matrix.clone() if is_kept and matrix.data_ptr() == view.data_ptr() else matrix
+    def _weight(
+        self,
+        name: str,
+        *,
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+        is_head: bool = False,
+        num_rows: int = 0,
+    ) -> Weight:
+        """Return a part of a linear's weight, quantized where it is or is to be.
+
+        Args:
+            name: Of the tensor.
+            rows: This rank's outputs.
+            columns: This rank's inputs; only one of the two is cut.
+            is_head: It is quantized as heads are.
+            num_rows: Outputs to pad to, with zeros.
+        """
+        placement = self._placement
+        stored = read_quantized(self._source, name, rows, columns)
+        if stored is not None:
+            return pad_rows(stored.to(placement.device), num_rows)
+        axis = 0 if columns == slice(None) else 1
+        view = self._source.read(name, rows if axis == 0 else columns, axis)
+        if placement.quantization == "none":
+            matrix = view.to(device=placement.device, dtype=placement.dtype).contiguous()
+            # Still a view of the file where packing copies it anyway.
+            is_kept = bool(why_linears_stay(placement.dtype, placement.device))
+            if is_kept and matrix.data_ptr() == view.data_ptr():
+                matrix = matrix.clone()
+            return pad_rows(matrix, num_rows)
+        scheme: Scheme = placement.quantization
+        if is_head:
+            scheme = head_scheme(scheme)
+        matrix = view.to(device=placement.device)
+        return pad_rows(quantize(matrix, scheme, placement.group_size), num_rows)
 
     def _table(self, name: str) -> Tensor:
         """Return an embedding table: a view of the file where neither dtype nor device differ."""
@@ -176,3 +274,13 @@ class _Filler:
                 field="model.path",
             )
         return computed.to(self._placement.device)
+
+
+def _joined_bias(loaded: list[tuple[Weight, Tensor | None]]) -> Tensor | None:
+    """Return the biases of gate and up in the order of `interleave`."""
+    (_, gate_O), (_, up_O) = loaded
+    if gate_O is None or up_O is None:
+        return None
+    both = interleave(gate_O[:, None], up_O[:, None])
+    assert isinstance(both, Tensor)
+    return both[:, 0]

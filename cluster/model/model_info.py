@@ -19,7 +19,7 @@ class ModelInfo:
     num_heads: int  # of queries
     num_kv_heads: int
     head_dim: int
-    dtype: str  # of the checkpoint: float32, bfloat16 or float16
+    dtype: str  # of what is not quantized: float32, bfloat16 or float16
     eos_token_ids: tuple[int, ...]  # each of these ends a text; empty where the model has none
     weight_bytes: int  # of all tensors, as stored
     layer_bytes: tuple[int, ...]  # of each layer, as stored
@@ -27,11 +27,22 @@ class ModelInfo:
     is_tied: bool  # the head is the embedding table
     tp_plan: dict[str, str]  # module pattern -> style, as transformers gives it
     can_be_staged: bool  # its layers can be spread over pipeline stages
+    quantization: str = "none"  # of the checkpoint: of most of its layers' weights
+    quantization_group_size: int = 0  # inputs that share a scale; int4 checkpoints
 
     @property
     def max_model_len(self) -> int:
         """Tokens that the model was made for, prompt and answer together."""
         return self.max_position_embeddings
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the checkpoint holds quantized weights."""
+        return self.quantization != "none"
+
+    def quantization_for(self, wanted: str) -> str:
+        """Return how the linears are quantized: as the checkpoint brings it, or `wanted`."""
+        return self.quantization if self.is_quantized else wanted
 
     def dtype_for(self, wanted: str) -> str:
         """Return the dtype to compute in: `wanted`, or the checkpoint's for "auto"."""

@@ -1,9 +1,7 @@
 """Executes steps on one worker's share of a model.
 
-    plan -> token ids, positions, slots -> the stage's layers -> activations for the next stage
-                                                          or -> logits of sampled rows -> tokens
-
-KV cache, one allocation per worker:  [layers, 2 (keys, values), blocks, slots, KV heads, head dim]
+plan -> token ids, positions, slots -> the stage's layers -> activations for the next stage
+                                                      or -> logits of sampled rows -> tokens
 """
 
 from __future__ import annotations
@@ -14,12 +12,18 @@ import torch
 from torch import Tensor
 
 from cluster.config import CacheConfig, ModelConfig
-from cluster.errors import ConfigError, InvalidArgumentError
+from cluster.errors import ConfigError
+from cluster.kernels.kv_cache import KVCache
 from cluster.kernels.ops import SequenceSpan, plan_batch
 from cluster.model.attention import PagedStep
 from cluster.model.checkpoint import inspect_checkpoint
 from cluster.model.collective import Collective
-from cluster.model.layout import ShardSpec, block_bytes, num_blocks_for
+from cluster.model.cuda_capture import capture_decode, make_forward
+from cluster.model.cuda_device import open_device
+from cluster.model.cuda_graph import DecodeGraphs, GraphLimits
+from cluster.model.kv_transfer import open_transfer
+from cluster.model.layout import ShardSpec, num_blocks_for
+from cluster.model.linear import weight_nbytes
 from cluster.model.loader import Placement, load_stage
 from cluster.model.sampler import sample
 from cluster.step import StepPlan
@@ -38,6 +42,7 @@ class ModelRunner:
         collective: Of the stage's tensor-parallel ranks.
         max_model_len: Tokens of the longest sequence that plans will hold.
         num_blocks: Of the cache, the same on every worker.
+        max_num_seqs: On a GPU, decode steps of up to so many sequences are captured as graphs.
 
     Raises:
         ConfigError: The model cannot be served in this layout, or its memory is not there.
@@ -52,6 +57,7 @@ class ModelRunner:
         *,
         max_model_len: int,
         num_blocks: int,
+        max_num_seqs: int = 0,
     ) -> None:
         info = inspect_checkpoint(model.folder)
         if not 0 < max_model_len <= info.max_model_len:
@@ -63,26 +69,50 @@ class ModelRunner:
         self.is_first, self.is_last = shard.is_first, shard.is_last
         self.hidden_size = info.hidden_size
         self.dtype: torch.dtype = getattr(torch, info.dtype_for(model.dtype))
-        self._device = _device(model.device)
+        self._device = open_device(model.device)
         self._reports = shard.tp_rank == 0
         self._block_size = cache.block_size
-        stage = load_stage(info, Placement(shard, self.dtype, self._device, collective))
-        self._model, self._layers = stage.model, stage.layers
-        self.block_nbytes = block_bytes(
-            info, cache.block_size, model.dtype, shard.tp, len(stage.layers)
+        captures = self._device.type == "cuda" and max_num_seqs > 0
+        stage = load_stage(
+            info,
+            Placement(
+                shard,
+                self.dtype,
+                self._device,
+                collective,
+                quantization="none" if info.is_quantized else model.quantization,
+                group_size=model.quantization_group_size,
+            ),
         )
-        shape = (cache.block_size, info.num_kv_heads // shard.tp, info.head_dim)
-        self._cache_L2BSKH = self._allocate((len(stage.layers), 2, num_blocks, *shape))
+        self._model, self._layers = stage.model, stage.layers
+        # transformers hands a mask of four dims through; ours reads none, so none is computed.
+        self._mask = torch.empty(1, 1, 1, 1) if stage.is_fused else None
+        self._cache = KVCache.allocate(
+            len(stage.layers),
+            num_blocks + captures,  # the last one takes what padded rows of a graph write
+            cache.block_size,
+            info.num_kv_heads // shard.tp,
+            info.head_dim,
+            self.dtype,
+            self._device,
+            int8=cache.dtype == "int8",
+        )
+        self.block_nbytes = self._cache.block_nbytes
+        self._transfer = open_transfer(self._cache)
+        self._graphs: DecodeGraphs | None = None
+        if captures:
+            width = -(-max_model_len // cache.block_size)
+            limits = GraphLimits(max_num_seqs, width, cache.block_size, num_blocks)
+            self._graphs = self._capture(limits)
 
-    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
-        try:
-            return torch.zeros(shape, dtype=self.dtype, device=self._device)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            raise ConfigError(
-                f"the KV cache of {self.num_blocks} blocks x {self.block_nbytes} bytes does not "
-                f"fit on {self._device}: lower cache.num_blocks or cache.memory_bytes",
-                field="cache.num_blocks",
-            ) from error
+    def _capture(self, limits: GraphLimits) -> DecodeGraphs | None:
+        return capture_decode(
+            make_forward(self._model, self._cache, self._layers.start, is_last=self.is_last),
+            self._cache,
+            limits,
+            dtype=self.dtype,
+            hidden_size=None if self.is_first else self.hidden_size,
+        )
 
     def execute(self, plan: StepPlan, hidden_TD: Tensor | None) -> Tensor | dict[int, SampledToken]:
         """Compute one step; every rank of the stage gets the same plan.
@@ -101,26 +131,36 @@ class ModelRunner:
         with torch.inference_mode():
             return self._forward(plan, hidden_TD)
 
+    def logits(self, plan: StepPlan) -> Tensor:
+        """Return the logits [T, V] after each token of a plan, for a runner of the whole model."""
+        assert self.is_first and self.is_last, "a stage has no logits of its own"
+        with torch.inference_mode():
+            logits_TV: Tensor = self._model(**self._inputs(plan, None)).logits[0]
+        return logits_TV
+
     def _forward(
         self, plan: StepPlan, hidden_TD: Tensor | None
     ) -> Tensor | dict[int, SampledToken]:
-        inputs = self._inputs(plan, hidden_TD)
-        sampled = [(seq.seq_id, seq.sample) for seq in plan.sequences if seq.sample is not None]
+        sampled = [seq for seq in plan.sequences if seq.sample is not None]
+        replayed = None if self._graphs is None else self._graphs.run(plan, hidden_TD)
+        if replayed is not None and not self.is_last:
+            return replayed.clone()  # the next replay overwrites it
         if not self.is_last or not sampled:
-            hidden: Tensor = self._model.base_model(**inputs).last_hidden_state[0]
+            if replayed is None:
+                inputs = self._inputs(plan, hidden_TD)
+                hidden: Tensor = self._model.base_model(**inputs).last_hidden_state[0]
             return {} if self.is_last else hidden
-        rows, row = [], -1
-        for seq in plan.sequences:
-            row += len(seq.token_ids)
-            if seq.sample is not None:
-                rows.append(row)
-        keep = torch.tensor(rows, device=self._device)
-        # Through the causal LM itself: what a family does to its logits is its own.
-        logits_nV = self._model(**inputs, logits_to_keep=keep).logits[0]
+        rows = torch.tensor(_sampled_rows(plan), device=self._device)
+        if replayed is None:
+            inputs = self._inputs(plan, hidden_TD)
+            # Through the causal LM itself: what a family does to its logits is its own.
+            logits_nV = self._model(**inputs, logits_to_keep=rows).logits[0]
+        else:
+            logits_nV = replayed[rows]
         if not self._reports:
             return {}
-        tokens = sample(logits_nV, [spec for _, spec in sampled])
-        return {seq_id: token for (seq_id, _), token in zip(sampled, tokens, strict=True)}
+        tokens = sample(logits_nV, [seq.sample for seq in sampled if seq.sample is not None])
+        return {seq.seq_id: token for seq, token in zip(sampled, tokens, strict=True)}
 
     def _inputs(self, plan: StepPlan, hidden_TD: Tensor | None) -> dict[str, Any]:
         """Return the keyword arguments of transformers' forward, one batch row of T tokens."""
@@ -128,14 +168,12 @@ class ModelRunner:
             SequenceSpan(len(seq.token_ids), seq.num_computed_tokens, seq.block_table)
             for seq in plan.sequences
         ]
-        positions = [
-            position for span in spans for position in range(span.num_computed, span.context_len)
-        ]
         batch = plan_batch(spans, self._block_size, self._device)
         inputs: dict[str, Any] = {
-            "position_ids": torch.tensor([positions], device=self._device),
+            "position_ids": batch.positions_T[None],
             "use_cache": False,
-            "paged": PagedStep(batch, self._cache_L2BSKH, self._layers.start),
+            "attention_mask": self._mask,
+            "paged": PagedStep(batch, self._cache, self._layers.start),
         }
         if hidden_TD is None:
             token_ids = [token_id for seq in plan.sequences for token_id in seq.token_ids]
@@ -144,10 +182,19 @@ class ModelRunner:
             inputs["inputs_embeds"] = hidden_TD.to(self._device)[None]
         return inputs
 
+    @property
+    def model(self) -> Any:
+        """transformers' causal LM, cut to this stage: to look at, as benchmarks do."""
+        return self._model
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of the linears' weights, as packed: what a step reads at the least."""
+        return weight_nbytes(self._model)
+
     def read_block(self, block_id: int) -> bytes:
         """Return this worker's part of a block, all its layers, `block_nbytes` bytes, bit-exact."""
-        block = self._cache_L2BSKH[:, :, block_id].contiguous().view(torch.uint8)
-        return bytes(block.cpu().numpy().tobytes())
+        return self._transfer.read_block(block_id)
 
     def write_block(self, block_id: int, data: bytes) -> None:
         """Replace this worker's part of a block by what `read_block` returned.
@@ -155,21 +202,14 @@ class ModelRunner:
         Raises:
             InvalidArgumentError: `data` is not `block_nbytes` long.
         """
-        if len(data) != self.block_nbytes:
-            raise InvalidArgumentError(
-                f"block of {len(data)} bytes, expected {self.block_nbytes}: it belongs to another "
-                "model, dtype or layout; drop it",
-                field="data",
-            )
-        block = self._cache_L2BSKH[:, :, block_id]
-        fresh = torch.frombuffer(bytearray(data), dtype=self.dtype).view(block.shape)
-        block.copy_(fresh)
+        self._transfer.write_block(block_id, data)
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "model.device=cuda: torch sees no CUDA device; use model.device=cpu",
-            field="model.device",
-        )
-    return torch.device(name)
+def _sampled_rows(plan: StepPlan) -> list[int]:
+    """Return which of a plan's tokens are the last of a sequence that samples."""
+    rows, row = [], -1
+    for seq in plan.sequences:
+        row += len(seq.token_ids)
+        if seq.sample is not None:
+            rows.append(row)
+    return rows

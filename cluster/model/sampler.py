@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cluster.kernels.sampling import Draw, argmax, is_native, sample_native
 from cluster.step import SampleSpec
 from cluster.types import SampledToken, TokenLogprob
 
@@ -58,25 +59,24 @@ def sample(logits_nV: Tensor, specs: Sequence[SampleSpec]) -> list[SampledToken]
         specs: How each row's token is chosen.
     """
     assert len(specs) == logits_nV.shape[0], (len(specs), logits_nV.shape)
-    if not specs:
-        return []
-    scores_nV = logits_nV.float()
+    token_ids: dict[int, int] = {}
+    unchanged = [i for i, spec in enumerate(specs) if not _changes_logits(spec)]
+    if unchanged:
+        chosen = _choose(logits_nV, unchanged, [specs[i] for i in unchanged])
+        token_ids.update(zip(unchanged, chosen, strict=True))
     changed = [i for i, spec in enumerate(specs) if _changes_logits(spec)]
     if changed:
-        scores_nV = scores_nV.clone()
-        for i in changed:
-            _apply_penalties(scores_nV[i], specs[i])
-    chosen_n = scores_nV.argmax(dim=-1)
-    drawn = [i for i, spec in enumerate(specs) if spec.temperature > 0]
-    if drawn:
-        rows = torch.tensor(drawn, device=scores_nV.device)
-        chosen_n[rows] = _draw(scores_nV[rows], [specs[i] for i in drawn])
-    token_ids = chosen_n.tolist()
-    tokens = [SampledToken(token_id) for token_id in token_ids]
-    for i, spec in enumerate(specs):
-        if spec.num_logprobs >= 0:
-            tokens[i] = _with_logprobs(logits_nV[i], token_ids[i], spec.num_logprobs)
-    return tokens
+        scores_nV = logits_nV[torch.tensor(changed, device=logits_nV.device)].float()
+        for scores_V, i in zip(scores_nV, changed, strict=True):
+            _apply_penalties(scores_V, specs[i])
+        chosen = _choose(scores_nV, range(len(changed)), [specs[i] for i in changed])
+        token_ids.update(zip(changed, chosen, strict=True))
+    return [
+        SampledToken(token_ids[i])
+        if spec.num_logprobs < 0
+        else _with_logprobs(logits_nV[i], token_ids[i], spec.num_logprobs)
+        for i, spec in enumerate(specs)
+    ]
 
 
 def _changes_logits(spec: SampleSpec) -> bool:
@@ -105,6 +105,44 @@ def _apply_penalties(scores_V: Tensor, spec: SampleSpec) -> None:
 
 def _ids(token_ids: set[int] | Counter[int] | tuple[int, ...], like: Tensor) -> Tensor:
     return torch.tensor(list(token_ids), dtype=torch.int64, device=like.device)
+
+
+def _choose(scores_nV: Tensor, rows: Sequence[int], specs: Sequence[SampleSpec]) -> list[int]:
+    """Return a token from each of `rows`, for the spec in the same place."""
+    if len(rows) == len(scores_nV) and all(spec.temperature == 0 for spec in specs):
+        chosen_n = argmax(scores_nV)
+    elif is_native(scores_nV):
+        chosen_n = sample_native(
+            scores_nV,
+            [
+                Draw(
+                    row,
+                    spec.temperature,
+                    spec.top_k,
+                    spec.top_p,
+                    spec.min_p,
+                    uniform(spec.seed, spec.position),
+                )
+                for row, spec in zip(rows, specs, strict=True)
+            ],
+        )
+    else:
+        rows_n = torch.tensor(rows, device=scores_nV.device)
+        chosen_n = _choose_in_torch(scores_nV[rows_n].float(), specs)
+    token_ids: list[int] = chosen_n.tolist()
+    return token_ids
+
+
+def _choose_in_torch(scores_nV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    """Return what the kernels do, but for rounding: where they do not serve, and their oracle."""
+    chosen_n = scores_nV.argmax(dim=-1)
+    drawn = [i for i, spec in enumerate(specs) if spec.temperature > 0]
+    if drawn:
+        rows = torch.tensor(drawn, device=scores_nV.device)
+        drawn_n = _draw(scores_nV[rows], [specs[i] for i in drawn])
+        # Without odds (NaN, infinities) the search ends behind the vocabulary.
+        chosen_n[rows] = torch.where(drawn_n < scores_nV.shape[1], drawn_n, chosen_n[rows])
+    return chosen_n
 
 
 def _draw(scores_nV: Tensor, specs: Sequence[SampleSpec]) -> Tensor:

@@ -15,13 +15,20 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from cluster.errors import ConfigError
+from cluster.model.quantization.reader import StoredTensors, read_quantized
+from cluster.model.quantization.stored import StoredWeight, read_stored_weights
+from cluster.model.quantization.weight import dequantize
 from cluster.model.tensor_index import read_tensor_index
 
 logger = logging.getLogger(__name__)
 
 
-class WeightSource(Protocol):
-    """The tensors of a checkpoint under the names that transformers' module gives them."""
+class WeightSource(StoredTensors, Protocol):
+    """The tensors of a checkpoint under the names that transformers' module gives them.
+
+    A quantized weight has the name and the shape of the unquantized one;
+    `quantization.reader.read_quantized` reads it.
+    """
 
     def has(self, name: str) -> bool:
         """Return whether there is such a tensor."""
@@ -46,10 +53,12 @@ class SafetensorsSource:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._index = read_tensor_index(folder)
+        self._stored = read_stored_weights(folder, self._index)
+        self.is_quantized = bool(self._stored)
 
     def has(self, name: str) -> bool:
         """Return whether there is such a tensor."""
-        return name in self._index
+        return name in self._index or name in self._stored
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of the whole tensor.
@@ -57,18 +66,34 @@ class SafetensorsSource:
         Raises:
             ConfigError: The checkpoint has no such tensor.
         """
+        if name in self._stored:
+            return self._stored[name].shape
         if name not in self._index:
             raise _no_tensor(self._folder, name)
         return self._index[name].shape
 
     def read(self, name: str, part: slice = slice(None), axis: int = 0) -> Tensor:
-        """Return a part of a tensor: a view of the mapped file."""
-        num_axes = len(self.shape(name))
+        """Return a part of a tensor: a view of the mapped file, but of a quantized weight."""
+        parts = (slice(None),) * axis + (part,)
+        if name not in self._stored:
+            return self.read_stored(name, *parts)
+        weight = read_quantized(self, name, *parts)
+        assert weight is not None
+        return dequantize(weight)
+
+    def stored(self, name: str) -> StoredWeight | None:
+        """Return how a quantized weight is stored; None of any other tensor."""
+        return self._stored.get(name)
+
+    def read_stored(self, name: str, *parts: slice) -> Tensor:
+        """Return a part of a tensor as it is in the file: a view of it."""
+        if name not in self._index:
+            raise _no_tensor(self._folder, name)
         with safe_open(self._index[name].file, framework="pt") as file:
-            if num_axes == 0:
+            if not self._index[name].shape:
                 whole: Tensor = file.get_tensor(name)
                 return whole
-            view: Tensor = file.get_slice(name)[(slice(None),) * axis + (part,)]
+            view: Tensor = file.get_slice(name)[parts or (slice(None),)]
         return view
 
 
@@ -95,6 +120,14 @@ class ModuleSource:
         tensor: Tensor = self._state.pop(name)
         return tensor[(slice(None),) * axis + (part,)] if tensor.ndim else tensor
 
+    def stored(self, name: str) -> StoredWeight | None:
+        """Return None: transformers does not load quantized checkpoints for us."""
+        return None
+
+    def read_stored(self, name: str, *parts: slice) -> Tensor:
+        """Raise: `stored` names nothing that could be read."""
+        raise AssertionError(f"{name} is not quantized")
+
 
 def open_source(model: Any, folder: Path, dtype: torch.dtype, tp: int) -> WeightSource:
     """Return a source for the parameters of `model`.
@@ -115,6 +148,12 @@ def open_source(model: Any, folder: Path, dtype: torch.dtype, tp: int) -> Weight
     strange = [name for name in names if not source.has(tied.get(name, name))]
     if not strange:
         return source
+    if source.is_quantized:
+        raise ConfigError(
+            f"model.path={folder}: the checkpoint is quantized and has no tensor {strange[0]}; "
+            "its tensors are named or fused differently, take the model that it was made from",
+            field="model.path",
+        )
     if tp > 1:
         raise ConfigError(
             f"parallel.tp={tp}: the checkpoint in {folder} has no tensor {strange[0]} to read "

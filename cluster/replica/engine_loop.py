@@ -19,6 +19,9 @@ from cluster.types import EngineOutput, EngineRequest, ReplicaLoad
 
 logger = logging.getLogger(__name__)
 
+STEP_TIMES_INTERVAL_S = 60.0
+"""Between two updates with what is known of the steps' times; each one is written to a file."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineUpdate:
@@ -28,6 +31,7 @@ class EngineUpdate:
     added_blocks: list[bytes] = field(default_factory=list)  # hashes now in the prefix cache
     removed_blocks: list[bytes] = field(default_factory=list)  # hashes no longer there
     load: ReplicaLoad | None = None  # where it is time to tell it
+    step_times: list[tuple[float, ...]] | None = None  # all that are known, where it is time to
 
 
 class EngineLoop:
@@ -59,6 +63,8 @@ class EngineLoop:
         self._wakeup = threading.Condition()
         self._is_stopping = False
         self._load_due_s = 0.0
+        self._step_times_due_s = time.monotonic() + STEP_TIMES_INTERVAL_S
+        self._num_told_steps = engine.step_time.num_steps
         self._step_began_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -76,6 +82,11 @@ class EngineLoop:
         """For how long the present step has been running, seconds; 0 between two steps."""
         began_s = self._step_began_s
         return 0.0 if began_s is None else time.monotonic() - began_s
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine belongs to the loop's thread still."""
+        return self._thread.is_alive()
 
     def submit(self, request: EngineRequest) -> None:
         """Hand a request to the engine; what becomes of it arrives in updates.
@@ -127,8 +138,13 @@ class EngineLoop:
         if now_s >= self._load_due_s:
             load = self._engine.load()
             self._load_due_s = now_s + self._load_interval_s
-        if outputs or added or removed or load is not None:
-            self._publish(EngineUpdate(outputs, added, removed, load))
+        step_times = None
+        model = self._engine.step_time
+        if now_s >= self._step_times_due_s and model.num_steps > self._num_told_steps:
+            step_times, self._num_told_steps = model.snapshot(), model.num_steps
+            self._step_times_due_s = now_s + STEP_TIMES_INTERVAL_S
+        if outputs or added or removed or load is not None or step_times:
+            self._publish(EngineUpdate(outputs, added, removed, load, step_times))
 
     def _take(self) -> list[EngineRequest | str]:
         with self._wakeup:

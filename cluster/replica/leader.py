@@ -14,15 +14,17 @@ import grpc
 
 from cluster.clock import WallClock
 from cluster.config import ClusterConfig
-from cluster.engine.engine import Engine
 from cluster.engine.executor import Executor
+from cluster.engine.step_time import StepTimeModel
 from cluster.errors import SluiceError, UnavailableError
 from cluster.kvstore.registry import Registry
 from cluster.kvstore.store import Store
-from cluster.model.checkpoint import ModelInfo, fingerprint
+from cluster.model.model_info import ModelInfo
+from cluster.replica.build import fingerprint_of, make_engine, max_model_len_of
 from cluster.replica.engine_loop import EngineLoop, EngineUpdate
 from cluster.replica.group import GroupLifecycle, GroupState
 from cluster.replica.service import EngineServicer
+from cluster.replica.step_time_file import StepTimeFile, identity_of
 from cluster.rpc.sluice.internal.v1 import engine_pb2_grpc
 from cluster.types import ReplicaInfo, ReplicaLoad
 
@@ -101,18 +103,12 @@ class Leader:
 
     def _make_loop(self) -> EngineLoop:
         config = self._config
-        self._fingerprint = fingerprint(config.model.folder, config.model.dtype, config.parallel.tp)
-        engine = Engine(
-            config.engine,
-            executor=self._executor,
-            block_size=config.cache.block_size,
-            max_model_len=config.model.max_model_len or self._model.max_model_len,
-            fingerprint=self._fingerprint,
-            eos_token_ids=frozenset(self._model.eos_token_ids),
-            vocab_size=self._model.vocab_size,
-            prefix_caching=config.cache.prefix_caching,
-            clock=WallClock(),
-        )
+        self._fingerprint = fingerprint_of(config)
+        self._step_times = StepTimeFile(identity_of(config, fingerprint=self._fingerprint))
+        self._step_time = StepTimeModel()
+        self._step_time.restore(self._step_times.load())
+        self._num_saved_steps = self._step_time.num_steps
+        engine = make_engine(config, self._model, self._executor, WallClock(), self._step_time)
         main = asyncio.get_running_loop()
 
         def publish(update: EngineUpdate) -> None:
@@ -139,7 +135,7 @@ class Leader:
             tp=config.parallel.tp,
             pp=config.parallel.pp,
             block_size=config.cache.block_size,
-            max_model_len=config.model.max_model_len or self._model.max_model_len,
+            max_model_len=max_model_len_of(config, self._model),
             pid=os.getpid(),
             node_id=self._node_id,
         )
@@ -177,6 +173,8 @@ class Leader:
             "UNAVAILABLE: the replica drained and replica.drain_timeout_s is over: try again"
         )
         await asyncio.to_thread(self._loop.stop, STOP_TIMEOUT_S)
+        if not self._loop.is_running and self._step_time.num_steps > self._num_saved_steps:
+            await asyncio.to_thread(self._step_times.save, self._step_time.snapshot())
         try:
             await self._registry.unregister(self._replica_id)
         except SluiceError as error:
@@ -187,6 +185,11 @@ class Leader:
     def _apply(self, update: EngineUpdate) -> None:
         self._load = update.load or self._load
         self._servicer.apply(update)
+        if update.step_times:
+            # Once a minute, so the one before is done; the loop would not keep a task alive.
+            self._saving = asyncio.create_task(
+                asyncio.to_thread(self._step_times.save, update.step_times)
+            )
 
     async def _keep_lease(self) -> None:
         is_known = False

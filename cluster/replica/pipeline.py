@@ -9,10 +9,24 @@ way.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
+
+from cluster.model.device_world import DeviceWorld
+
+
+class Neighbours(Protocol):
+    """The stages before and after a worker's own."""
+
+    def send(self, hidden_TD: Tensor) -> None:
+        """Send to the next stage; waits only for the transfer before this one."""
+        ...
+
+    def receive(self, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+        """Return what the previous stage sent, [num_tokens, hidden_size]."""
+        ...
 
 
 class Pipeline:
@@ -51,4 +65,36 @@ class Pipeline:
         """Return what the previous stage sent, [num_tokens, hidden_size]."""
         hidden_TD = torch.empty(num_tokens, hidden_size, dtype=dtype)
         self._group.recv([hidden_TD], self._previous, 0).wait()
+        return hidden_TD
+
+
+class DevicePipeline:
+    """The same between GPUs: activations never touch the host, and the host never waits for them.
+
+    Args:
+        world: Of the group's workers.
+        device: Where activations are wanted.
+    """
+
+    def __init__(self, world: DeviceWorld, device: torch.device) -> None:
+        self._world = world
+        self._device = device
+        self._sending: tuple[Any, Tensor] | None = None  # the link reads the tensor until then
+
+    def send(self, hidden_TD: Tensor) -> None:
+        """Send to the next stage; the stream waits for the transfer before this one."""
+        if self._sending is not None:
+            self._sending[0].wait()
+            self._sending = None
+        if hidden_TD.numel():  # a step without sequences has nothing to pass on
+            assert self._world.next is not None, "the last stage sends nothing"
+            tensor = hidden_TD.contiguous()
+            self._sending = (self._world.next.send(tensor), tensor)
+
+    def receive(self, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+        """Return what the previous stage sent, [num_tokens, hidden_size]."""
+        hidden_TD = torch.empty(num_tokens, hidden_size, dtype=dtype, device=self._device)
+        if num_tokens:
+            assert self._world.previous is not None, "the first stage receives nothing"
+            self._world.previous.receive(hidden_TD).wait()
         return hidden_TD

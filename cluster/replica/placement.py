@@ -10,7 +10,8 @@ Workers are numbered stage by stage, so that the ranks of one tensor-parallel gr
 
 from __future__ import annotations
 
-from cluster.config import ParallelConfig
+from cluster.config import ClusterConfig, ParallelConfig
+from cluster.errors import ConfigError
 
 LEADER_NUM_CPUS = 0.1  # it schedules and moves tokens; the workers compute
 
@@ -52,3 +53,28 @@ def threads_per_worker(parallel: ParallelConfig, num_cores: int, num_groups: int
     if parallel.threads_per_worker:
         return parallel.threads_per_worker
     return max(1, num_cores // (num_groups * parallel.world_size))
+
+
+def check_devices(config: ClusterConfig) -> None:
+    """Return if what is reserved with Ray is what the workers compute on.
+
+    Raises:
+        ConfigError: `field` is ``parallel.num_gpus_per_worker``.
+    """
+    parallel, device = config.parallel, config.model.device
+    num_gpus = parallel.num_gpus_per_worker
+    if device == "cpu" and num_gpus > 0:
+        problem = "reserves GPUs on which nothing is computed: use 0, or model.device=cuda"
+    elif device == "cuda" and num_gpus == 0:
+        problem = "hides every GPU from the workers: reserve 1, or use model.device=cpu"
+    elif device == "cuda" and num_gpus > 1:
+        problem = "limit=1: a worker computes on one GPU; raise parallel.tp for more"
+    elif device == "cuda" and parallel.world_size > 1 and num_gpus < 1:
+        problem = "NCCL wants a GPU for each rank of a group: use 1"
+    else:
+        return
+    raise ConfigError(
+        f"parallel.num_gpus_per_worker={num_gpus:g} with model.device={device}, "
+        f"parallel.tp={parallel.tp}, parallel.pp={parallel.pp}: {problem}",
+        field="parallel.num_gpus_per_worker",
+    )

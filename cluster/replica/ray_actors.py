@@ -25,8 +25,8 @@ from cluster.engine.executor import Executor
 from cluster.errors import UnavailableError
 from cluster.kvstore.open import open_store
 from cluster.model.checkpoint import ModelInfo, inspect_checkpoint
-from cluster.model.collective import NoCollective
-from cluster.model.runner import ModelRunner, ShardSpec, num_blocks_for
+from cluster.model.runner import num_blocks_for
+from cluster.replica.build import load_whole, max_model_len_of
 from cluster.replica.channel import Channel, ChannelListener
 from cluster.replica.executor import GroupExecutor, InProcessExecutor
 from cluster.replica.group import GroupLifecycle
@@ -104,13 +104,17 @@ class ReplicaGroup:
             parallel.pp,
             device=config.model.device,
         )
-        max_model_len = config.model.max_model_len or model.max_model_len
+        max_model_len = max_model_len_of(config, model)
         if parallel.world_size == 1:
-            whole = await asyncio.to_thread(
-                _load_in_process, config, num_blocks, max_model_len, num_threads
+            runner = await asyncio.to_thread(
+                load_whole,
+                config,
+                num_blocks=num_blocks,
+                max_model_len=max_model_len,
+                num_threads=num_threads,
             )
             self._lifecycle.worker_ready(0)
-            return whole
+            return InProcessExecutor(runner)
         spec = WorkerSpec(
             index=0,
             config=config.model_dump(),
@@ -242,23 +246,6 @@ class ReplicaGroup:
             await self._store.close()
         for worker in self._workers:
             ray.kill(worker)
-
-
-def _load_in_process(
-    config: ClusterConfig, num_blocks: int, max_model_len: int, num_threads: int
-) -> InProcessExecutor:
-    import torch
-
-    torch.set_num_threads(num_threads)
-    runner = ModelRunner(
-        config.model,
-        config.cache,
-        ShardSpec(tp_rank=0, tp=1, pp_rank=0, pp=1),
-        NoCollective(),
-        max_model_len=max_model_len,
-        num_blocks=num_blocks,
-    )
-    return InProcessExecutor(runner)
 
 
 def group_deployment(

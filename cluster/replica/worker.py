@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
-from cluster.config import parse_config
+from cluster.config import ClusterConfig, parse_config
 from cluster.errors import UnavailableError
 from cluster.model.collective import Collective, NoCollective, init_tensor_parallel
+from cluster.model.cuda_device import open_device
+from cluster.model.device_world import DeviceWorld
+from cluster.model.footprint import check_gpu_fits
 from cluster.model.runner import ModelRunner, ShardSpec
 from cluster.replica.channel import Channel, connect
-from cluster.replica.pipeline import Pipeline
+from cluster.replica.pipeline import DevicePipeline, Neighbours, Pipeline
 from cluster.replica.placement import ranks_of
 from cluster.step import StepPlan, StepResult
 
@@ -29,7 +32,7 @@ class WorkerSpec:
     leader_address: tuple[str, int]
     auth_key: bytes
     stage_port: int  # of this worker's tensor-parallel group, on its first rank's host
-    pipeline_address: tuple[str, int]  # of the group that passes activations
+    pipeline_address: tuple[str, int]  # of the group of all workers
     num_blocks: int
     max_model_len: int  # tokens
     num_threads: int
@@ -63,41 +66,67 @@ def run_worker(spec: WorkerSpec) -> None:
         channel.close()
 
 
-def _join(spec: WorkerSpec) -> tuple[ModelRunner, Pipeline | None]:
+def _join(spec: WorkerSpec) -> tuple[ModelRunner, Neighbours | None]:
     config = parse_config(spec.config)
     parallel = config.parallel
     torch.set_num_threads(spec.num_threads)
-    pp_rank, tp_rank = ranks_of(spec.index, parallel.tp)
+    if config.model.device == "cuda":
+        return _join_gpus(spec, config)
+    _, tp_rank = ranks_of(spec.index, parallel.tp)
     collective: Collective = NoCollective()
     if parallel.tp > 1:
-        collective = init_tensor_parallel(
-            tp_rank, parallel.tp, spec.stage_port, device=config.model.device
-        )
-    runner = ModelRunner(
-        config.model,
-        config.cache,
-        ShardSpec(tp_rank=tp_rank, tp=parallel.tp, pp_rank=pp_rank, pp=parallel.pp),
-        collective,
-        max_model_len=spec.max_model_len,
-        num_blocks=spec.num_blocks,
-    )
+        collective = init_tensor_parallel(tp_rank, parallel.tp, spec.stage_port)
+    runner = _load(spec, config, collective)
     if parallel.pp == 1:
         return runner, None
     host, port = spec.pipeline_address
-    timeout_s = max(config.engine.step_timeout_s, config.replica.start_timeout_s)
     pipeline = Pipeline(
         host=host,
         port=port,
         index=spec.index,
         tp=parallel.tp,
         pp=parallel.pp,
-        timeout_s=timeout_s,
+        timeout_s=_transfer_timeout_s(config),
     )
     return runner, pipeline
 
 
+def _join_gpus(spec: WorkerSpec, config: ClusterConfig) -> tuple[ModelRunner, Neighbours | None]:
+    device = open_device(config.model.device)  # before NCCL, which binds to the current one
+    host, port = spec.pipeline_address
+    world = DeviceWorld(
+        spec.index,
+        config.parallel.tp,
+        config.parallel.pp,
+        host=host,
+        port=port,
+        timeout_s=_transfer_timeout_s(config),
+    )
+    runner = _load(spec, config, world.collective)
+    return runner, DevicePipeline(world, device) if config.parallel.pp > 1 else None
+
+
+def _load(spec: WorkerSpec, config: ClusterConfig, collective: Collective) -> ModelRunner:
+    parallel = config.parallel
+    pp_rank, tp_rank = ranks_of(spec.index, parallel.tp)
+    check_gpu_fits(config, num_blocks=spec.num_blocks)
+    return ModelRunner(
+        config.model,
+        config.cache,
+        ShardSpec(tp_rank=tp_rank, tp=parallel.tp, pp_rank=pp_rank, pp=parallel.pp),
+        collective,
+        max_model_len=spec.max_model_len,
+        num_blocks=spec.num_blocks,
+        max_num_seqs=config.engine.max_num_seqs,
+    )
+
+
+def _transfer_timeout_s(config: ClusterConfig) -> float:
+    return max(config.engine.step_timeout_s, config.replica.start_timeout_s)
+
+
 def _serve(
-    channel: Channel, runner: ModelRunner, pipeline: Pipeline | None, *, is_reporter: bool
+    channel: Channel, runner: ModelRunner, pipeline: Neighbours | None, *, is_reporter: bool
 ) -> None:
     while True:
         kind, *values = channel.receive()

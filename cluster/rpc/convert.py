@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from cluster.rpc.sluice.internal.v1 import engine_pb2
 from cluster.types import (
+    SLO,
     EngineOutput,
     EngineRequest,
     FinishReason,
     ReplicaLoad,
     SampledToken,
     SamplingParams,
+    StepCost,
     TokenLogprob,
 )
 
@@ -51,6 +53,8 @@ def submit_to_proto(request: EngineRequest) -> engine_pb2.Submit:
         deadline_s=(
             0.0 if request.deadline_s is None else max(request.deadline_s, _MIN_DEADLINE_S)
         ),
+        ttft_slo_s=request.slo.ttft_s,
+        tpot_slo_s=request.slo.tpot_s,
     )
 
 
@@ -77,6 +81,10 @@ def submit_from_proto(submit: engine_pb2.Submit) -> EngineRequest:
         ),
         salt=submit.salt,
         deadline_s=submit.deadline_s or None,
+        slo=SLO(
+            submit.ttft_slo_s if submit.HasField("ttft_slo_s") else None,
+            submit.tpot_slo_s if submit.HasField("tpot_slo_s") else None,
+        ),
     )
 
 
@@ -152,6 +160,7 @@ def load_to_proto(load: ReplicaLoad) -> engine_pb2.Load:
         num_prefix_hit_tokens=load.num_prefix_hit_tokens,
         num_generated_tokens=load.num_generated_tokens,
         is_draining=load.is_draining,
+        step_cost=None if load.step_cost is None else _cost_to_proto(load.step_cost),
     )
 
 
@@ -167,4 +176,29 @@ def load_from_proto(load: engine_pb2.Load) -> ReplicaLoad:
         num_prefix_hit_tokens=load.num_prefix_hit_tokens,
         num_generated_tokens=load.num_generated_tokens,
         is_draining=load.is_draining,
+        step_cost=_cost_from_proto(load.step_cost) if load.HasField("step_cost") else None,
+    )
+
+
+def _cost_to_proto(cost: StepCost) -> engine_pb2.StepCost:
+    return engine_pb2.StepCost(
+        floor_s=cost.floor_s,
+        token_s=cost.token_s,
+        hinges=[engine_pb2.Hinge(tokens=tokens, token_s=more_s) for tokens, more_s in cost.hinges],
+        sequence_s=cost.sequence_s,
+        context_s=cost.context_s,
+        prompt_work_s=cost.prompt_work_s,
+        num_steps=cost.num_steps,
+    )
+
+
+def _cost_from_proto(message: engine_pb2.StepCost) -> StepCost:
+    return StepCost(
+        floor_s=message.floor_s,
+        token_s=message.token_s,
+        hinges=tuple((hinge.tokens, hinge.token_s) for hinge in message.hinges),
+        sequence_s=message.sequence_s,
+        context_s=message.context_s,
+        prompt_work_s=message.prompt_work_s,
+        num_steps=message.num_steps,
     )

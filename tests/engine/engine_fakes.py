@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from cluster.clock import VirtualClock
 from cluster.config import EngineConfig
 from cluster.engine.engine import Engine
-from cluster.types import EngineOutput, EngineRequest, FinishReason, SamplingParams
+from cluster.types import SLO, EngineOutput, EngineRequest, FinishReason, SamplingParams
 from tests.fakes import Choose, FakeExecutor, expected_answer
 
 FINGERPRINT = b"model"
@@ -21,10 +21,12 @@ def make_request(
     max_tokens: int = 4,
     salt: bytes = b"",
     deadline_s: float | None = None,
+    tpot_s: float | None = None,
     **sampling: object,
 ) -> EngineRequest:
     params = replace(SamplingParams(max_tokens=max_tokens), **sampling)
-    return EngineRequest(request_id, tuple(prompt), params, salt, deadline_s)
+    slo = SLO(tpot_s=tpot_s)
+    return EngineRequest(request_id, tuple(prompt), params, salt, deadline_s, slo)
 
 
 @dataclass

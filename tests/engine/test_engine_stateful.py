@@ -30,6 +30,7 @@ REQUESTS = st.fixed_dictionaries(
         "stop_token_ids": st.sampled_from([(), (5,), (5, 7)]),
         "salt": st.sampled_from([b"", b"", b"tenant"]),
         "deadline_s": st.sampled_from([None, None, 3.0, 10.0]),
+        "tpot_s": st.sampled_from([None, None, 1e-3, 0.1, 10.0]),
     }
 )
 
@@ -46,6 +47,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_batched_tokens=st.sampled_from([1, 2, 5, 16, 64]),
         max_num_waiting=st.sampled_from([2, 100]),
         prefix_caching=st.sampled_from([True, True, False]),
+        token_s=st.sampled_from([0.0, 0.0, 0.01]),  # measured, so that objectives have an effect
         requests=st.lists(REQUESTS, min_size=1, max_size=8),
     )
     def start(
@@ -55,6 +57,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_in_flight: int,
         max_model_len: int,
         prefix_caching: bool,
+        token_s: float,
         requests: list[dict[str, Any]],
         **limits: int,
     ) -> None:
@@ -68,6 +71,7 @@ class EngineMachine(RuleBasedStateMachine):
             prefix_caching=prefix_caching,
             config=EngineConfig(**limits),
         )
+        self.bench.executor.token_s = token_s
         self.block_size = block_size
         self.aborted: set[str] = set()
         self.index: set[bytes] = set()  # what a router knows from the events

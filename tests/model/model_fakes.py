@@ -117,7 +117,7 @@ def make_runner(
         max_model_len=inspect_checkpoint(folder).max_model_len,
         num_blocks=NUM_BLOCKS,
     )
-    runner._cache_L2BSKH.fill_(torch.nan)
+    runner._cache.numbers_L2BSKH.fill_(torch.nan)
     return runner
 
 

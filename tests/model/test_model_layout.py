@@ -63,18 +63,23 @@ def test_stages_are_as_even_as_can_be(pp: int, layer_bytes: tuple[int, ...]) -> 
 
 def test_blocks_follow_from_memory_and_the_stage_with_most_layers() -> None:
     info = make_info()
-    assert block_bytes(info, 16, "auto", 1, 12) == 2 * 12 * 16 * 2 * 8 * 2
     cache = CacheConfig(memory_bytes=2**20, block_size=16)
+    assert block_bytes(info, cache, "auto", 1, 12) == 2 * 12 * 16 * 2 * 8 * 2
     assert num_blocks_for(info, cache, "auto", 1, 1) == 2**20 // block_bytes(
-        info, 16, "auto", 1, 12
+        info, cache, "auto", 1, 12
     )
     assert num_blocks_for(info, cache, "auto", 2, 1) == 2**20 // block_bytes(
-        info, 16, "auto", 2, 12
+        info, cache, "auto", 2, 12
     )
     assert num_blocks_for(info, cache, "float32", 1, 2) == 2**20 // block_bytes(
-        info, 16, "float32", 1, 8
+        info, cache, "float32", 1, 8
     )
     assert num_blocks_for(info, CacheConfig(num_blocks=77), "auto", 1, 1) == 77
+
+
+def test_an_int8_block_holds_codes_and_scales() -> None:
+    cache = CacheConfig(block_size=16, dtype="int8")
+    assert block_bytes(make_info(), cache, "auto", 2, 3) == 2 * 3 * 16 * 1 * (8 + 4)
 
 
 @pytest.mark.parametrize(

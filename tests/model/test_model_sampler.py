@@ -10,6 +10,7 @@ import torch
 from model_fakes import spec
 from torch import Tensor
 
+from cluster.kernels import native
 from cluster.model import sampler
 from cluster.model.sampler import sample, uniform
 from cluster.step import SampleSpec
@@ -19,9 +20,14 @@ NUM_DRAWS = 6000
 CHI_SQUARE_LIMIT = 38.0  # 11 degrees of freedom: exceeded once in 10,000 seeds
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample by the kernels, and by the plain torch that serves where there are none."""
     torch.set_num_threads(1)
+    if request.param == "torch":
+        monkeypatch.setattr(native, "load", lambda: "a test asks for plain torch")
+    elif native.load():
+        pytest.skip(native.load())
 
 
 def logits(seed: int = 0, size: int = VOCAB_SIZE) -> Tensor:
@@ -207,6 +213,40 @@ def test_bfloat16_logits_are_sampled_as_float32() -> None:
     rows = logits(2, 500).bfloat16().expand(20, -1)
     specs = [spec(seed=seed, top_p=0.9) for seed in range(20)]
     assert sample(rows, specs) == sample(rows.float(), specs)
+
+
+def test_rows_with_penalties_and_rows_without_share_a_batch() -> None:
+    rows = torch.stack([logits(seed, 300) for seed in range(9)]).bfloat16()
+    changes: list[dict[str, Any]] = [
+        {},
+        {"banned_token_ids": (4, 7)},
+        {"repetition_penalty": 1.5, "prompt_token_ids": (1, 2), "output_token_ids": (5,)},
+    ]
+    specs = [spec(seed=i, **changes[i % 3], **FILTERS[i]) for i in range(9)]
+    together = sample(rows, specs)
+    alone = [sample(row[None], [one])[0] for row, one in zip(rows, specs, strict=True)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_without_odds_gives_its_likeliest_token(bad: float) -> None:
+    """A model that overflows must not take the engine down with a token that there is not."""
+    rows = logits().repeat(2, 1)
+    rows[0, 5] = bad
+    for fields in FILTERS:
+        broken, whole = sample(rows, [spec(**fields)] * 2)
+        assert broken.token_id == 5
+        assert 0 <= whole.token_id < VOCAB_SIZE
+
+
+def test_logits_stay_in_their_dtype_where_no_row_needs_another() -> None:
+    if native.load():
+        pytest.skip("plain torch draws in float32")
+    rows = torch.zeros(4, 50_000, dtype=torch.bfloat16)
+    specs = [spec(seed=seed, **FILTERS[seed]) for seed in range(4)]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        sample(rows, specs)
+    assert sum(max(0, event.cpu_memory_usage) for event in profile.events()) < 1000
 
 
 def test_nothing_to_sample_is_fine() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
@@ -29,10 +32,11 @@ class SlowExecutor(FakeExecutor):
     """Takes its time for each step."""
 
     step_s = 0.0
+    measured_s = 0.0  # that it tells; 0 tells nothing
 
     def collect(self, timeout_s: float) -> StepResult:
         time.sleep(self.step_s)
-        return super().collect(timeout_s)
+        return replace(super().collect(timeout_s), elapsed_s=self.measured_s)
 
 
 class Group:
@@ -154,3 +158,21 @@ async def test_lease_is_renewed_after_the_store_was_away() -> None:
 
 async def broken(*_arguments: object) -> None:
     raise RuntimeError("what nobody expected")
+
+
+async def test_step_times_outlive_the_leader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_CACHE_DIR", str(tmp_path))
+    async with started() as (group, info):
+        group.executor.measured_s = 0.125
+        await last_output(info, max_tokens=4)
+    (file,) = (tmp_path / "step_time").iterdir()
+    assert [row[-1] for row in json.loads(file.read_text())["steps"]] == [0.125] * 4
+    async with started() as (group, info):
+        await until(lambda: group.leader.load.step_cost is not None)
+        assert group.leader.load.step_cost.num_steps == 4
+        async with grpc.aio.insecure_channel(info.address) as channel:
+            watch = engine_pb2_grpc.EngineStub(channel).Watch(engine_pb2.WatchRequest())
+            load = convert.load_from_proto((await watch.read()).load)
+        assert load.step_cost == group.leader.load.step_cost

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from cluster.rpc import convert
 from cluster.rpc.sluice.internal.v1 import engine_pb2
 from cluster.types import (
+    SLO,
     EngineOutput,
     EngineRequest,
     FinishReason,
     ReplicaLoad,
     SampledToken,
     SamplingParams,
+    StepCost,
     TokenLogprob,
 )
 
@@ -47,6 +49,7 @@ _request = st.builds(
     sampling=_sampling,
     salt=st.binary(max_size=32),
     deadline_s=st.none() | st.floats(1e-6, 1e9),
+    slo=st.builds(SLO, ttft_s=st.none() | _double, tpot_s=st.none() | _double),
 )
 _top = st.lists(st.builds(TokenLogprob, token_id=_u32, logprob=_float), max_size=3).map(tuple)
 _plain = st.builds(SampledToken, token_id=_u32)
@@ -57,12 +60,21 @@ _end = st.one_of(
     st.sampled_from(FinishReason).map(lambda reason: (reason, None)),
     _text.map(lambda text: (None, text)),
 )
+_cost = st.builds(
+    StepCost,
+    floor_s=_double,
+    token_s=_double,
+    hinges=st.lists(st.tuples(_u32, _double), max_size=8).map(tuple),
+    sequence_s=_double,
+    context_s=_double,
+    prompt_work_s=_double,
+    num_steps=_u64,
+)
+_others = {"is_draining": st.booleans(), "step_cost": st.none() | _cost}
 _load = st.builds(
     ReplicaLoad,
     **{
-        field.name: st.booleans()
-        if field.name == "is_draining"
-        else (_u64 if "tokens" in field.name else _u32)
+        field.name: _others.get(field.name, _u64 if "tokens" in field.name else _u32)
         for field in dataclasses.fields(ReplicaLoad)
     },
 )

@@ -22,7 +22,7 @@ Secrets never enter it: env:SLUICE_STORE_URL is read from the environment of eac
 {{- $_ := set $gateway "tls_client_ca" "/etc/sluice/tls/ca.crt" -}}
 {{- end -}}
 {{- $chart := dict
-  "model" (dict "path" .Values.model.path "name" .Values.model.name "dtype" .Values.model.dtype "max_model_len" .Values.model.maxModelLen "device" .Values.model.device)
+  "model" (dict "path" .Values.model.path "name" .Values.model.name "dtype" .Values.model.dtype "max_model_len" .Values.model.maxModelLen "device" .Values.model.device "quantization" .Values.model.quantization "quantization_group_size" .Values.model.quantizationGroupSize)
   "parallel" (dict "tp" .Values.parallel.tp "pp" .Values.parallel.pp "num_cpus_per_worker" .Values.parallel.cpusPerRank "num_gpus_per_worker" (ternary 1 0 (eq .Values.model.device "cuda")))
   "replica" $replica
   "gateway" $gateway

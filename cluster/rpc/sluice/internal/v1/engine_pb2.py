@@ -24,41 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsluice/internal/v1/engine.proto\x12\x12sluice.internal.v1\"\x95\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x14\n\x0cnum_logprobs\x18\r \x01(\x11\"\x88\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.sluice.internal.v1.Sampling\x12\x0c\n\x04salt\x18\x04 \x01(\x0c\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"w\n\x0eSessionRequest\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.sluice.internal.v1.SubmitH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.sluice.internal.v1.CancelH\x00\x42\t\n\x07\x63ommand\".\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\":\n\nCandidates\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.sluice.internal.v1.Candidate\"\xd0\x01\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12+\n\x03top\x18\x04 \x03(\x0b\x32\x1e.sluice.internal.v1.Candidates\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\x12$\n\x03\x65nd\x18\x06 \x01(\x0e\x32\x17.sluice.internal.v1.End\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x10\n\x08queued_s\x18\x08 \x01(\x01\">\n\x0fSessionResponse\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.sluice.internal.v1.Output\"\x0e\n\x0cWatchRequest\"\xf3\x01\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12!\n\x19num_queued_prefill_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x1f\n\x17num_prefix_query_tokens\x18\x06 \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x07 \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\x08 \x01(\x04\x12\x13\n\x0bis_draining\x18\t \x01(\x08\"y\n\rWatchResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x13\n\x0bis_snapshot\x18\x02 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x03(\x06\x12\x0f\n\x07removed\x18\x04 \x03(\x06\x12&\n\x04load\x18\x05 \x01(\x0b\x32\x18.sluice.internal.v1.Load\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse*Z\n\x03\x45nd\x12\x13\n\x0f\x45ND_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x45ND_STOP\x10\x01\x12\x0e\n\nEND_LENGTH\x10\x02\x12\x11\n\rEND_CANCELLED\x10\x03\x12\r\n\tEND_ERROR\x10\x04\x32\xfe\x01\n\x06\x45ngine\x12V\n\x07Session\x12\".sluice.internal.v1.SessionRequest\x1a#.sluice.internal.v1.SessionResponse(\x01\x30\x01\x12N\n\x05Watch\x12 .sluice.internal.v1.WatchRequest\x1a!.sluice.internal.v1.WatchResponse0\x01\x12L\n\x05\x44rain\x12 .sluice.internal.v1.DrainRequest\x1a!.sluice.internal.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsluice/internal/v1/engine.proto\x12\x12sluice.internal.v1\"\x95\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x14\n\x0cnum_logprobs\x18\r \x01(\x11\"\xd8\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.sluice.internal.v1.Sampling\x12\x0c\n\x04salt\x18\x04 \x01(\x0c\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\x12\x17\n\nttft_slo_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\ntpot_slo_s\x18\x07 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0b_ttft_slo_sB\r\n\x0b_tpot_slo_s\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"w\n\x0eSessionRequest\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.sluice.internal.v1.SubmitH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.sluice.internal.v1.CancelH\x00\x42\t\n\x07\x63ommand\".\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\":\n\nCandidates\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.sluice.internal.v1.Candidate\"\xd0\x01\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12+\n\x03top\x18\x04 \x03(\x0b\x32\x1e.sluice.internal.v1.Candidates\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\x12$\n\x03\x65nd\x18\x06 \x01(\x0e\x32\x17.sluice.internal.v1.End\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x10\n\x08queued_s\x18\x08 \x01(\x01\">\n\x0fSessionResponse\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.sluice.internal.v1.Output\"\x0e\n\x0cWatchRequest\"(\n\x05Hinge\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x0f\n\x07token_s\x18\x02 \x01(\x01\"\xa8\x01\n\x08StepCost\x12\x0f\n\x07\x66loor_s\x18\x01 \x01(\x01\x12\x0f\n\x07token_s\x18\x02 \x01(\x01\x12)\n\x06hinges\x18\x03 \x03(\x0b\x32\x19.sluice.internal.v1.Hinge\x12\x12\n\nsequence_s\x18\x04 \x01(\x01\x12\x11\n\tcontext_s\x18\x05 \x01(\x01\x12\x15\n\rprompt_work_s\x18\x06 \x01(\x01\x12\x11\n\tnum_steps\x18\x07 \x01(\x04\"\xa4\x02\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12!\n\x19num_queued_prefill_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x1f\n\x17num_prefix_query_tokens\x18\x06 \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x07 \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\x08 \x01(\x04\x12\x13\n\x0bis_draining\x18\t \x01(\x08\x12/\n\tstep_cost\x18\n \x01(\x0b\x32\x1c.sluice.internal.v1.StepCost\"y\n\rWatchResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x13\n\x0bis_snapshot\x18\x02 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x03(\x06\x12\x0f\n\x07removed\x18\x04 \x03(\x06\x12&\n\x04load\x18\x05 \x01(\x0b\x32\x18.sluice.internal.v1.Load\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse*Z\n\x03\x45nd\x12\x13\n\x0f\x45ND_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x45ND_STOP\x10\x01\x12\x0e\n\nEND_LENGTH\x10\x02\x12\x11\n\rEND_CANCELLED\x10\x03\x12\r\n\tEND_ERROR\x10\x04\x32\xfe\x01\n\x06\x45ngine\x12V\n\x07Session\x12\".sluice.internal.v1.SessionRequest\x1a#.sluice.internal.v1.SessionResponse(\x01\x30\x01\x12N\n\x05Watch\x12 .sluice.internal.v1.WatchRequest\x1a!.sluice.internal.v1.WatchResponse0\x01\x12L\n\x05\x44rain\x12 .sluice.internal.v1.DrainRequest\x1a!.sluice.internal.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sluice.internal.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_END']._serialized_start=1426
-  _globals['_END']._serialized_end=1516
+  _globals['_END']._serialized_start=1768
+  _globals['_END']._serialized_end=1858
   _globals['_SAMPLING']._serialized_start=56
   _globals['_SAMPLING']._serialized_end=333
   _globals['_SUBMIT']._serialized_start=336
-  _globals['_SUBMIT']._serialized_end=472
-  _globals['_CANCEL']._serialized_start=474
-  _globals['_CANCEL']._serialized_end=502
-  _globals['_SESSIONREQUEST']._serialized_start=504
-  _globals['_SESSIONREQUEST']._serialized_end=623
-  _globals['_CANDIDATE']._serialized_start=625
-  _globals['_CANDIDATE']._serialized_end=671
-  _globals['_CANDIDATES']._serialized_start=673
-  _globals['_CANDIDATES']._serialized_end=731
-  _globals['_OUTPUT']._serialized_start=734
-  _globals['_OUTPUT']._serialized_end=942
-  _globals['_SESSIONRESPONSE']._serialized_start=944
-  _globals['_SESSIONRESPONSE']._serialized_end=1006
-  _globals['_WATCHREQUEST']._serialized_start=1008
-  _globals['_WATCHREQUEST']._serialized_end=1022
-  _globals['_LOAD']._serialized_start=1025
-  _globals['_LOAD']._serialized_end=1268
-  _globals['_WATCHRESPONSE']._serialized_start=1270
-  _globals['_WATCHRESPONSE']._serialized_end=1391
-  _globals['_DRAINREQUEST']._serialized_start=1393
-  _globals['_DRAINREQUEST']._serialized_end=1407
-  _globals['_DRAINRESPONSE']._serialized_start=1409
-  _globals['_DRAINRESPONSE']._serialized_end=1424
-  _globals['_ENGINE']._serialized_start=1519
-  _globals['_ENGINE']._serialized_end=1773
+  _globals['_SUBMIT']._serialized_end=552
+  _globals['_CANCEL']._serialized_start=554
+  _globals['_CANCEL']._serialized_end=582
+  _globals['_SESSIONREQUEST']._serialized_start=584
+  _globals['_SESSIONREQUEST']._serialized_end=703
+  _globals['_CANDIDATE']._serialized_start=705
+  _globals['_CANDIDATE']._serialized_end=751
+  _globals['_CANDIDATES']._serialized_start=753
+  _globals['_CANDIDATES']._serialized_end=811
+  _globals['_OUTPUT']._serialized_start=814
+  _globals['_OUTPUT']._serialized_end=1022
+  _globals['_SESSIONRESPONSE']._serialized_start=1024
+  _globals['_SESSIONRESPONSE']._serialized_end=1086
+  _globals['_WATCHREQUEST']._serialized_start=1088
+  _globals['_WATCHREQUEST']._serialized_end=1102
+  _globals['_HINGE']._serialized_start=1104
+  _globals['_HINGE']._serialized_end=1144
+  _globals['_STEPCOST']._serialized_start=1147
+  _globals['_STEPCOST']._serialized_end=1315
+  _globals['_LOAD']._serialized_start=1318
+  _globals['_LOAD']._serialized_end=1610
+  _globals['_WATCHRESPONSE']._serialized_start=1612
+  _globals['_WATCHRESPONSE']._serialized_end=1733
+  _globals['_DRAINREQUEST']._serialized_start=1735
+  _globals['_DRAINREQUEST']._serialized_end=1749
+  _globals['_DRAINRESPONSE']._serialized_start=1751
+  _globals['_DRAINRESPONSE']._serialized_end=1766
+  _globals['_ENGINE']._serialized_start=1861
+  _globals['_ENGINE']._serialized_end=2115
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,98 @@
+// Before and after the products: activations in 8 bits, and what is done to the sums.
+
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "linear_tiles.h"
+
+namespace sluice::linear {
+
+enum class Join : int64_t { kNone = 0, kSiluMul = 1 };
+
+inline __m512 silu16(__m512 x) {
+  const __m512 e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
+}
+
+// Codes of 8 bits, one scale per row (int8) or per row and group (int4): x = code * scale.
+struct QuantizedRows {
+  std::unique_ptr<int8_t[]> codes;
+  std::unique_ptr<float[]> scales;
+  std::unique_ptr<float[]> sums;  // scale times the sum of a group's codes
+};
+
+template <typename T>
+void quantize_group(const T* x, int64_t size, int8_t offset, int8_t* codes, float* scale,
+                    float* sum) {
+  __m512 most = _mm512_setzero_ps();
+  for (int64_t i = 0; i < size; i += kLanes)
+    most = _mm512_max_ps(most, _mm512_abs_ps(load16(x + i)));
+  const float peak = _mm512_reduce_max_ps(most);
+  const float step = peak > 0 ? peak / 127.0f : 1.0f;
+  const __m512 inverse = _mm512_set1_ps(1.0f / step);
+  __m512i total = _mm512_setzero_si512();
+  const __m128i shift = _mm_set1_epi8(offset);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(load16(x + i), inverse));
+    total = _mm512_add_epi32(total, code);
+    const __m128i bytes = _mm_xor_si128(_mm512_cvtsepi32_epi8(code), shift);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), bytes);
+  }
+  *scale = step;
+  *sum = step * static_cast<float>(_mm512_reduce_add_epi32(total));
+}
+
+struct Epilogue {
+  const float* w_scales = nullptr;  // [O], int8
+  const int32_t* w_sums = nullptr;  // [O], int8: 128 times the sum of a row's codes
+  const float* x_scales = nullptr;  // [T], int8
+  const float* bias = nullptr;      // [O]
+  const void* residual = nullptr;   // [T, O] in the dtype of the output
+  Join join = Join::kNone;
+  int64_t outputs = 0;  // of the weights, padded rows excluded
+};
+
+template <typename Out>
+void write_row(const Epilogue& e, float* sums, int64_t row, int64_t column, int64_t width,
+               Out* out) {
+  for (int64_t i = 0; i < width; i += kLanes) {
+    __m512 y;
+    if (e.w_scales) {
+      const __m512i whole =
+          _mm512_sub_epi32(_mm512_loadu_si512(sums + i), _mm512_loadu_si512(e.w_sums + column + i));
+      const __m512 scale =
+          _mm512_mul_ps(load16(e.w_scales + column + i), _mm512_set1_ps(e.x_scales[row]));
+      y = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), scale);
+    } else {
+      y = load16(sums + i);
+    }
+    if (e.bias) y = _mm512_add_ps(y, load16(e.bias + column + i));
+    store16(sums + i, y);
+  }
+  const int64_t valid = std::min(width, e.outputs - column);
+  if (e.join == Join::kSiluMul) {
+    const int64_t stride = e.outputs / 2;
+    for (int64_t i = 0; i < valid; i += 2 * kLanes) {
+      const __m512 y = _mm512_mul_ps(silu16(load16(sums + i)), load16(sums + i + kLanes));
+      store16(out + row * stride + (column + i) / 2, y);
+    }
+    return;
+  }
+  Out* to = out + row * e.outputs + column;
+  const Out* residual = static_cast<const Out*>(e.residual);
+  int64_t i = 0;
+  for (; i + kLanes <= valid; i += kLanes) {
+    __m512 y = load16(sums + i);
+    if (residual) y = _mm512_add_ps(y, load16(residual + row * e.outputs + column + i));
+    store16(to + i, y);
+  }
+  for (; i < valid; ++i) {
+    const float extra =
+        residual ? static_cast<float>(residual[row * e.outputs + column + i]) : 0.0f;
+    to[i] = static_cast<Out>(sums[i] + extra);
+  }
+}
+
+}  // namespace sluice::linear

@@ -1,0 +1,97 @@
+"""How much memory a worker will take, known from headers before one is started."""
+
+from __future__ import annotations
+
+import psutil
+
+from cluster.config import ClusterConfig
+from cluster.errors import ConfigError
+from cluster.model.checkpoint import inspect_checkpoint
+from cluster.model.layout import DTYPE_BYTES, block_bytes, num_blocks_for, stage_layers
+from cluster.model.model_info import ModelInfo
+
+_INT4_OVERHEAD_BYTES = 3  # of a group: its scale in bfloat16, its zero in a byte
+
+
+def weight_bytes_of_worker(info: ModelInfo, config: ClusterConfig) -> int:
+    """Return the bytes of the heaviest worker's linears, as they will lie in memory.
+
+    The embedding table counts nothing: it stays mapped, and a step reads a row per token of it.
+    """
+    dtype_bytes = DTYPE_BYTES[info.dtype_for(config.model.dtype)]
+    stored_bytes = DTYPE_BYTES[info.dtype]
+    scheme = config.model.quantization
+    per_element: float = dtype_bytes
+    per_head_element: float = dtype_bytes
+    if scheme != "none":
+        per_element = per_head_element = 1
+    if scheme == "int4":
+        per_element = 0.5 + _INT4_OVERHEAD_BYTES / config.model.quantization_group_size
+    if info.is_quantized:  # as it is in the file
+        per_element = per_head_element = stored_bytes
+    stages = stage_layers(info, config.parallel.pp)
+    heaviest = 0.0
+    for index, layers in enumerate(stages):
+        num_bytes = sum(info.layer_bytes[layer] for layer in layers) * per_element
+        if index == len(stages) - 1:
+            num_bytes += info.head_bytes * per_head_element
+        heaviest = max(heaviest, num_bytes / stored_bytes)
+    return int(heaviest / config.parallel.tp)
+
+
+def check_fits(info: ModelInfo, config: ClusterConfig) -> None:
+    """Return if the groups' weights and KV caches fit into this machine's free memory.
+
+    Args:
+        info: Of the model; its layout is checked already.
+        config: To be deployed; all replica groups are counted, as if they came to this machine.
+
+    Raises:
+        ConfigError: They do not, with the sizes; or not one sequence fits into the cache.
+    """
+    parallel, cache = config.parallel, config.cache
+    num_blocks = num_blocks_for(
+        info, cache, config.model.dtype, parallel.tp, parallel.pp, device=config.model.device
+    )
+    if config.model.device != "cpu":
+        return
+    cache_bytes = num_blocks * _block_bytes(info, config)
+    weight_bytes = weight_bytes_of_worker(info, config)
+    num_workers = parallel.world_size * config.replica.num_replicas
+    wanted = num_workers * (weight_bytes + cache_bytes)
+    available = psutil.virtual_memory().available
+    if wanted > available:
+        raise ConfigError(
+            f"model.path={info.folder}: {num_workers} workers x ({weight_bytes} bytes of weights + "
+            f"{cache_bytes} bytes of KV cache) = {wanted} bytes, {available} are free on this "
+            "machine: take a smaller model, model.quantization, fewer groups or a smaller cache",
+            field="model.path",
+        )
+
+
+def check_gpu_fits(config: ClusterConfig, *, num_blocks: int) -> None:
+    """Return if one worker's weights and KV cache fit on its GPU; on a CPU at once.
+
+    Args:
+        config: Of the cluster.
+        num_blocks: Of the cache.
+
+    Raises:
+        ConfigError: They do not, with the sizes, or there is no GPU.
+    """
+    if config.model.device == "cpu":
+        return
+    from cluster.model.cuda_device import check_gpu_memory, open_device  # imports torch
+
+    info = inspect_checkpoint(config.model.folder)
+    check_gpu_memory(
+        open_device(config.model.device),
+        weight_bytes=weight_bytes_of_worker(info, config),
+        cache_bytes=num_blocks * _block_bytes(info, config),
+    )
+
+
+def _block_bytes(info: ModelInfo, config: ClusterConfig) -> int:
+    """Return the bytes of one KV block on the worker with most layers."""
+    most_layers = max(len(layers) for layers in stage_layers(info, config.parallel.pp))
+    return block_bytes(info, config.cache, config.model.dtype, config.parallel.tp, most_layers)

@@ -1,0 +1,1 @@
+"""Weights of fewer bits: how they are made, checked, read from checkpoints and written to them."""

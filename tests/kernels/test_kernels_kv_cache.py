@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import CPU
+
+from cluster.errors import ConfigError, InvalidArgumentError
+from cluster.kernels.kv_cache import KVCache
+
+
+def random_cache(dtype: torch.dtype, is_int8: bool) -> KVCache:
+    cache = KVCache.allocate(3, 5, 4, 2, 8, dtype, CPU, is_int8)
+    if is_int8:
+        cache.numbers_L2BSKH.random_(-127, 128)
+    else:
+        cache.numbers_L2BSKH.normal_()
+    if cache.scales_L2BSK is not None:
+        cache.scales_L2BSK.normal_()
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_int8", "row_bytes"),
+    [(torch.float32, False, 32), (torch.bfloat16, False, 16), (torch.bfloat16, True, 12)],
+)
+def test_blocks_travel_bit_by_bit(dtype: torch.dtype, is_int8: bool, row_bytes: int) -> None:
+    torch.manual_seed(0)
+    here, there = random_cache(dtype, is_int8), random_cache(dtype, is_int8)
+    assert here.block_nbytes == 3 * 2 * 4 * 2 * row_bytes
+    assert here.nbytes == 5 * here.block_nbytes
+    before = [there.read_block(block) for block in range(5)]
+    data = here.read_block(1)
+    assert len(data) == here.block_nbytes
+    there.write_block(3, data)
+    after = [there.read_block(block) for block in range(5)]
+    assert after == [*before[:3], data, before[4]]
+    for mine, theirs in zip(here._parts, there._parts, strict=True):
+        assert torch.equal(mine[:, :, 1], theirs[:, :, 3])
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_layers_are_views_of_the_cache(is_int8: bool) -> None:
+    cache = random_cache(torch.float32, is_int8)
+    layer = cache.layer(2)
+    layer.values_BSKH[4, 3] = 7
+    assert bool((cache.numbers_L2BSKH[2, 1, 4, 3] == 7).all())
+    assert layer.keys_BSKH.is_contiguous() and layer.values_BSKH.is_contiguous()
+    assert (layer.key_scales_BSK is None) != is_int8
+    if layer.value_scales_BSK is not None and cache.scales_L2BSK is not None:
+        layer.value_scales_BSK[4, 3] = 9
+        assert bool((cache.scales_L2BSK[2, 1, 4, 3] == 9).all())
+
+
+def test_a_foreign_block_is_refused() -> None:
+    cache = random_cache(torch.bfloat16, True)
+    with pytest.raises(InvalidArgumentError, match=f"expected {cache.block_nbytes}"):
+        cache.write_block(0, random_cache(torch.bfloat16, False).read_block(0))
+
+
+def test_a_cache_beyond_all_memory_is_refused_with_its_size() -> None:
+    with pytest.raises(ConfigError, match="does not fit on cpu: lower") as caught:
+        KVCache.allocate(1, 2**50, 16, 2, 64, torch.float32, CPU, False)
+    assert caught.value.field == "cache.num_blocks"
