@@ -140,12 +140,12 @@ def init_tensor_parallel(
         )
     if device == "cpu":
         comm.barrier()  # every rank has mapped every buffer: their names are needed no more
-        _unlink_buffer(tp_rank, master_address, master_port)
+        unlink_buffer(tp_rank, master_address, master_port)
     logger.info("tensor parallel: rank %d of %d through deepspeed.comm", tp_rank, tp)
     return DeepSpeedCollective(comm, tp)
 
 
-def _unlink_buffer(tp_rank: int, master_address: str, master_port: int) -> None:
+def unlink_buffer(rank: int, master_address: str, master_port: int) -> None:
     """Remove the name of this rank's shared memory, so that no way to end leaves it behind."""
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{master_address}_{master_port}_{tp_rank}"
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{master_address}_{master_port}_{rank}"
     (Path("/dev/shm") / name).unlink(missing_ok=True)

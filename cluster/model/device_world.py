@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.model.collective import Collective, NoCollective
+from cluster.model.collective import Collective, NoCollective, unlink_buffer
 
 logger = logging.getLogger(__name__)
 
@@ -126,4 +126,7 @@ def _init_comm(
             rank=index,
             world_size=world_size,
         )
+    if device == "cpu":
+        comm.barrier()  # every rank has mapped every buffer: their names are needed no more
+        unlink_buffer(index, host, port)
     return comm

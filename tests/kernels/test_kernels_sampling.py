@@ -170,12 +170,10 @@ def test_scores_that_differ_by_one_bit_are_told_apart() -> None:
 
 
 def test_top_p_at_the_very_mass_of_a_set_keeps_that_set() -> None:
-    """Where rounding puts the border behind the last of a bin, no more than the bin is kept."""
-    for seed in range(4):
-        logits_V = make_logits("normal", 3000, seed)
-        masses = logits_V.double().softmax(0).sort(descending=True).values.cumsum(0)
-        for mass in masses[::60].tolist():
-            check(logits_V, Filter(top_p=mass))
+    logits_V = make_logits("normal", 2000, seed=0)
+    masses = logits_V.double().softmax(0).sort(descending=True).values.cumsum(0)
+    for mass in masses[::100].tolist():
+        check(logits_V, Filter(top_p=mass))
 
 
 def test_ties_at_the_border_keep_the_lowest_ids() -> None:
