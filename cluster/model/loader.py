@@ -36,6 +36,7 @@ from cluster.model.linear import (
     pad_rows,
     why_linears_stay,
 )
+from cluster.model.mapped_table import keep_in_file
 from cluster.model.model_info import ModelInfo
 from cluster.model.quantization.reader import read_quantized
 from cluster.model.quantization.weight import Scheme, head_scheme, quantize
@@ -130,6 +131,8 @@ class _Filler:
             tensor = self._table(name) if isinstance(module, nn.Embedding) else self._own(name)
             assert tensor.shape == parameter.shape, (name, tensor.shape, parameter.shape)
             setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+            if isinstance(module, nn.Embedding):
+                keep_in_file(module)
         for name, buffer in list(self._model.named_buffers()):
             owner, _, attribute = name.rpartition(".")
             self._model.get_submodule(owner)._buffers[attribute] = self._buffer(name, buffer)
