@@ -65,7 +65,8 @@ class CacheConfig(_Section):
     )
     prefix_caching: bool = Field(True, description="reuse blocks of prompts seen before")
     dtype: Literal["auto", "int8"] = Field(
-        "auto", description="of keys and values; int8: one scale per token and head, half the bytes"
+        "auto",
+        description="of keys and values; int8 has a scale per token and head: half the bytes",
     )
 
 

@@ -118,6 +118,8 @@ def run_engine_bench(
             "device": torch.cuda.get_device_name() if device == "cuda" else device,
             "threads": torch.get_num_threads(),
             "kernels": "cuda" if device == "cuda" else native.isa() or "torch",
+            "attention": loaded.attention,
+            "decode_graphs": loaded.has_graphs,
             "num_blocks": config.cache.num_blocks,
             "max_num_seqs": config.engine.max_num_seqs,
             "max_num_batched_tokens": config.engine.max_num_batched_tokens,
@@ -180,7 +182,8 @@ class EngineBench:
         ttft_s = percentile([r.ttft_s for r in records if r.ttft_s], 50)
         tpot_s = percentile([r.tpot_s for r in records if r.tpot_s], 50)
         assert ttft_s and tpot_s, "a request has two tokens at least"
-        return Alone(load.num_input_tokens, ttft_s, 1 / tpot_s, num_context)
+        num_cached = max(record.num_cached_tokens for record in records)
+        return Alone(load.num_input_tokens, ttft_s, 1 / tpot_s, num_context, num_cached)
 
     def _requests(self, num_requests: int, num_in: int, num_out: int) -> list[EngineRequest]:
         vocab_size, seed = self._loaded.info.vocab_size, self._load.seed

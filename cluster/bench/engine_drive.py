@@ -166,7 +166,7 @@ class StepTime:
     num_context_tokens: int  # in the cache at its end, of all its sequences
     wall_s: float  # scheduling, computing, handing out
     executor_s: float  # of that, between a plan and its tokens
-    forward_s: float  # of that, in the model
+    forward_s: float | None  # of that, in the model; None where that cannot be told
 
     @property
     def is_decode(self) -> bool:
@@ -214,7 +214,7 @@ class StepClock:
         if self._last is None:
             return None
         (plan, executor_s), self._last = self._last, None
-        forward_s = self._read_forward_s() if self._read_forward_s else executor_s
+        forward_s = self._read_forward_s() if self._read_forward_s else None
         return StepTime(
             num_sequences=len(plan.sequences),
             num_tokens=plan.num_tokens,

@@ -21,6 +21,8 @@ def engine_report(figures: dict[str, Any]) -> RenderableType:
         {
             "model": f"{escape(figures['model'])}, {engine['dtype']}, {engine['quantization']}",
             "runs on": f"{engine['device']}, {engine['threads']} threads, {engine['kernels']}",
+            "attention": engine["attention"]
+            + (", decode steps in CUDA graphs" if engine["decode_graphs"] else ""),
             "load": f"{load['num_requests']} x ({load['num_input_tokens']} in, "
             f"{load['num_output_tokens']} out)",
             "out tokens/s": f"{result['out_tokens_per_s']:.1f}",

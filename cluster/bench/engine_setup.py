@@ -7,16 +7,20 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from cluster.bench.engine_drive import EngineServer, StepClock
 from cluster.clock import WallClock
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, ReplicaConfig
 from cluster.engine.engine import Engine
 from cluster.errors import ConfigError
+from cluster.kernels import cuda, native
 from cluster.model.checkpoint import inspect_checkpoint
+from cluster.model.footprint import check_fits
 from cluster.model.linear import weight_nbytes
 from cluster.model.model_info import ModelInfo
-from cluster.model.quantization.check import check_quantization
-from cluster.model.runner import num_blocks_for
+from cluster.model.quantization.check import check_kernels, check_quantization
+from cluster.model.runner import ModelRunner, num_blocks_for
 from cluster.replica.build import load_whole, make_engine, max_model_len_of
 from cluster.replica.executor import InProcessExecutor
 from cluster.replica.placement import threads_per_worker
@@ -33,6 +37,8 @@ class LoadedEngine:
     weight_bytes: int  # of all linears
     kv_cache_bytes: int
     kv_bytes_per_token: float
+    attention: str  # "flash", "triton" or "plain" on a GPU; "native" or "plain" on a CPU
+    has_graphs: bool  # decode steps are captured as CUDA graphs
 
 
 def num_threads_of(config: ClusterConfig) -> int:
@@ -45,7 +51,7 @@ def check_engine(config: ClusterConfig, num_sequence_tokens: int) -> ModelInfo:
 
     Raises:
         ConfigError: The layout is split, the model or its quantization does not run here, its
-            context is shorter, or the cache is too small or too large.
+            context is shorter, or the memory for its weights and cache is not there.
     """
     if config.parallel.world_size != 1:
         raise ConfigError(
@@ -63,6 +69,8 @@ def check_engine(config: ClusterConfig, num_sequence_tokens: int) -> ModelInfo:
             field="input-len",
         )
     _num_blocks(config, info, num_sequence_tokens)
+    check_fits(info, config.model_copy(update={"replica": ReplicaConfig()}))  # one group, here
+    check_kernels(info, config.model)
     return info
 
 
@@ -109,7 +117,21 @@ def load_engine(config: ClusterConfig, info: ModelInfo) -> LoadedEngine:
         weight_bytes=weight_nbytes(runner.model),
         kv_cache_bytes=runner.block_nbytes * runner.num_blocks,
         kv_bytes_per_token=runner.block_nbytes / config.cache.block_size,
+        attention=attention_of(runner, info, config),
+        has_graphs=runner.has_graphs,
     )
+
+
+def attention_of(runner: ModelRunner, info: ModelInfo, config: ClusterConfig) -> str:
+    """Return what attends, as the kernels choose it from the device, the dtype and the model."""
+    if config.model.device == "cpu":
+        return "native" if native.isa() else "plain"
+    softcap = getattr(runner.model.config, "attn_logit_softcapping", None)
+    is_int8 = config.cache.dtype == "int8"
+    device = torch.device(config.model.device)
+    if not cuda.why_not_flash(device, runner.dtype, info.head_dim, is_int8, softcap):
+        return "flash"
+    return "plain" if cuda.why_not_triton() else "triton"
 
 
 class ForwardClock:

@@ -62,6 +62,7 @@ class Alone:
     ttft_s: float
     tokens_per_s: float  # decoding: without the first token
     num_context_tokens: float  # mean over the decoding
+    num_cached_tokens: int = 0  # of the prompt: found, not computed
 
 
 def full_decodes(steps: list[StepTime]) -> list[StepTime]:
@@ -79,8 +80,9 @@ def shares(
     Args:
         work: None leaves the shares of the machine's limits out.
         peaks: Measured.
-        alone: A single request: decoding it is bound by memory, its prompt by arithmetic.
-        steps: Of a whole batch.
+        alone: A single request: decoding it is bound by memory, its prompt by arithmetic. A prompt
+            that was in part found says nothing of arithmetic: `matrix_peak_share` is None.
+        steps: Of a whole batch; without the model's time `engine_overhead_share` is None.
     """
     full = full_decodes(steps)
     step_s = _median([step.wall_s for step in full])
@@ -96,19 +98,20 @@ def shares(
     if work is None:
         return found
     alone_bytes_per_s = work.step_bytes(alone.num_context_tokens) * alone.tokens_per_s
-    flop_per_s = work.prefill_flop(alone.num_prompt_tokens) / alone.ttft_s
     found["memory_bandwidth_share"] = alone_bytes_per_s / peaks.read_bytes_per_s
-    found["matrix_peak_share"] = flop_per_s / peaks.matrix_flop_per_s
+    if not alone.num_cached_tokens:
+        flop_per_s = work.prefill_flop(alone.num_prompt_tokens) / alone.ttft_s
+        found["matrix_peak_share"] = flop_per_s / peaks.matrix_flop_per_s
     if step_s:
         rates = [work.step_bytes(step.num_context_tokens) / step.wall_s for step in full]
         found["batch_memory_bandwidth_share"] = (_median(rates) or 0.0) / peaks.read_bytes_per_s
     return found
 
 
-def _share_outside(inner_s: list[float], steps: list[StepTime]) -> float | None:
-    """Return the median share of a step's time that is not `inner_s`."""
+def _share_outside(inner_s: list[float | None], steps: list[StepTime]) -> float | None:
+    """Return the median share of a step's time that is not `inner_s`, over those that know it."""
     pairs = zip(inner_s, steps, strict=True)
-    return _median([1.0 - inside_s / step.wall_s for inside_s, step in pairs])
+    return _median([1.0 - own_s / step.wall_s for own_s, step in pairs if own_s is not None])
 
 
 def _median(values: list[float]) -> float | None:

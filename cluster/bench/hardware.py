@@ -51,7 +51,11 @@ def measure_peaks(device: str, kind: str) -> HardwarePeaks:
         device: "cpu" or "cuda".
         kind: One of MATRIX_KINDS.
     """
-    return HardwarePeaks(read_bandwidth(device), matrix_peak(device, kind), kind)
+    peaks = HardwarePeaks(read_bandwidth(device), matrix_peak(device, kind), kind)
+    if device == "cuda":  # the pool keeps what was freed, and the peak counts it
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return peaks
 
 
 def read_bandwidth(device: str, num_bytes: int = 0) -> float:

@@ -137,8 +137,9 @@ def ladder() -> tuple[Technique, ...]:
         Technique(
             "int4",
             "INT4",
-            "model.quantization=int4 instead of int8: weights only, in groups of 128 where they "
-            "divide; pays where the weights' bytes bound a step, at small batches, and in memory",
+            "model.quantization=int4 instead of int8: weights in groups (of 128 where they "
+            "divide), activations quantized to 8 bits inside of the product; pays where the "
+            "weights' bytes bound a step, at small batches, and in memory",
             is_chunked=True,
             settings=_PREFIX | {"model.quantization": "int4"},
             kernels="",

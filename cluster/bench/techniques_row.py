@@ -14,7 +14,7 @@ from cluster.bench.techniques_ladder import Technique, ladder, settings_of
 from cluster.bench.techniques_workload import Workload
 from cluster.clock import WallClock
 from cluster.config import ClusterConfig, ModelConfig, load_config
-from cluster.errors import SluiceError
+from cluster.errors import ConfigError, SluiceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +53,11 @@ def run_row(row: Row) -> dict[str, Any]:
     Raises:
         SluiceError: The model or its switches do not run here, or a request failed.
     """
+    from cluster.kernels import native
     from cluster.model.memory import peak_rss_bytes
 
     technique = next(one for one in ladder() if one.name == row.technique)
+    check_fused(technique)
     config = config_of(row, technique)
     server, vocab_size = open_server(technique, config, row.workload)
     pace = Pace(
@@ -69,7 +71,28 @@ def run_row(row: Row) -> dict[str, Any]:
     warmup = row.workload.warmup(num_warmup, vocab_size)
     drive(server, warmup, Pace(num_warmup, pace.max_at_once), clock)
     records = drive(server, row.workload.requests(vocab_size), pace, clock)
-    return figures_of(records) | {"peak_rss_bytes": peak_rss_bytes()}
+    return figures_of(records) | {
+        "kernels": native.isa() or "torch",
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def check_fused(technique: Technique) -> None:
+    """Return if the kernels that a technique is about are there, or it wants none.
+
+    Raises:
+        ConfigError: Plain torch would be measured under the technique's name.
+    """
+    from cluster.kernels import native
+
+    if technique.kernels == "torch" or not (reason := native.load()):
+        return
+    raise ConfigError(
+        f"SLUICE_KERNELS={os.environ.get('SLUICE_KERNELS', '')}: {technique.title} is measured "
+        f"with the C++ kernels, and plain torch serves because {reason}; unset SLUICE_KERNELS, "
+        "on a machine with AVX2 and a C++ compiler",
+        field="SLUICE_KERNELS",
+    )
 
 
 def config_of(row: Row, technique: Technique) -> ClusterConfig:

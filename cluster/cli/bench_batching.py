@@ -73,11 +73,12 @@ def bench_batching(
 def _make_runner(settings: ClusterConfig, bench: BatchingBench, threads: int) -> BatchingRunner:
     from cluster.bench.batching import BatchingRunner, check_load
     from cluster.clock import WallClock
-    from cluster.config import EngineConfig
+    from cluster.config import EngineConfig, ParallelConfig, ReplicaConfig
     from cluster.engine.engine import Engine
     from cluster.engine.executor import Executor
     from cluster.engine.step_time import StepTimeModel
     from cluster.model.checkpoint import inspect_checkpoint
+    from cluster.model.footprint import check_fits
     from cluster.replica.build import load_whole, make_engine, max_model_len_of
     from cluster.replica.executor import InProcessExecutor
 
@@ -85,6 +86,9 @@ def _make_runner(settings: ClusterConfig, bench: BatchingBench, threads: int) ->
     max_model_len = max_model_len_of(settings, model)
     check_load(bench.load, max_model_len)
     num_blocks = _blocks_needed(bench.load, settings.cache.block_size)
+    alone = {"replica": ReplicaConfig(), "parallel": ParallelConfig()}
+    cache = settings.cache.model_copy(update={"num_blocks": num_blocks})
+    check_fits(model, settings.model_copy(update={**alone, "cache": cache}))
     executor = InProcessExecutor(
         load_whole(
             settings, num_blocks=num_blocks, max_model_len=max_model_len, num_threads=threads

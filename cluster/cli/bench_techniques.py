@@ -37,7 +37,10 @@ def bench_techniques(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the gains.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Add one technique at a time to a naive server; each runs in a process of its own."""
+    """Add one technique at a time to a naive server; each runs in a process of its own.
+
+    The exit status is 1 where a row failed; the others are reported all the same.
+    """
     from cluster.bench.provenance import provenance
     from cluster.bench.techniques_report import techniques_report
     from cluster.bench.techniques_workload import QUICK, Workload
@@ -56,6 +59,8 @@ def bench_techniques(
         print_json({"benchmark": "techniques", **figures, "provenance": provenance()})
     else:
         Console().print(techniques_report(figures))
+    if any(row["error"] for row in figures["rows"]):
+        raise typer.Exit(1)
 
 
 def _run(model: str, workload: Workload, threads: int, names: list[str]) -> dict[str, Any]:

@@ -64,9 +64,21 @@ def evaluate_model(
     result = _run(settings, settings.model, windows, num_prompts, continue_tokens)
     report = {**ours, **_figures(result)}
     if reference is not None:
-        other = _run(settings, reference, windows, num_prompts, continue_tokens)
+        plain = settings.cache.model_copy(update={"dtype": "auto"})
+        other = _run(
+            settings.model_copy(update={"cache": plain}),
+            reference,
+            windows,
+            num_prompts,
+            continue_tokens,
+        )
         agreement = compare(result, other)
-        report["against"] = {"model": against, **_figures(other), **_finite(agreement)}
+        report["against"] = {
+            "model": against,
+            "cache_dtype": "auto",
+            **_figures(other),
+            **_finite(agreement),
+        }
     if json:
         print_json(report)
     else:

@@ -19,6 +19,9 @@ from collections.abc import Iterable
 
 from cluster.engine.sequence import Sequence
 
+HOPELESS_PROMPT_SHARE = 0.3
+"""Of a step's time, left to prompts beside a stream whose objective is below any step's time."""
+
 
 def step_limit_s(
     decoding: Iterable[Sequence], now_s: float, *, reserve: float, fastest_s: float
@@ -39,6 +42,9 @@ def step_limit_s(
         assert sequence.first_token_s is not None, "it decodes, so it has a token"
         due_s = sequence.first_token_s + (sequence.num_output_tokens - 1) * tpot_s
         lead_s = due_s - now_s
+        if tpot_s < fastest_s:  # nothing can keep it: prompts need not stop for it either
+            limit_s = min(limit_s, fastest_s / (1 - HOPELESS_PROMPT_SHARE))
+            continue
         wanted_s = (1 - reserve) * tpot_s
         num_left = sequence.max_num_tokens - sequence.num_tokens
         if lead_s < 0 and lead_s + num_left * (tpot_s - fastest_s) >= 0:

@@ -45,6 +45,8 @@ class Batch:
 
     budget_tokens: int  # left
     num_places: int  # left
+    limit_s: float = math.inf  # that it may take
+    num_prompt_tokens: int = 0  # of the chunks of prompts
     chunks: list[Chunk] = field(default_factory=list)
     num_tokens: int = 0  # of all chunks
     context_tokens: int = 0  # that the decodes among them read
@@ -69,6 +71,7 @@ class Batch:
         """Take as many tokens of a prompt as the budget allows; it is in flight from now on."""
         num_tokens = min(sequence.num_remaining_tokens, self.budget_tokens)
         self._add(sequence, num_tokens)
+        self.num_prompt_tokens += num_tokens
         self.prompt_work += num_tokens * (sequence.num_computed_tokens + num_tokens / 2)
 
     def _add(self, sequence: Sequence, num_tokens: int) -> None:
@@ -208,24 +211,29 @@ class Scheduler:
         cost = self._step_time.cost
         if cost is None:
             return
-        limit_s = step_limit_s(
+        batch.limit_s = step_limit_s(
             (sequence for sequence in decoding if sequence.state is SequenceState.RUNNING),
             now_s,
             reserve=self._config.tpot_reserve,
             fastest_s=cost.seconds(batch.shape),
         )
-        if limit_s == math.inf:
+        # The longest one is the slowest.
+        self._fit_budget(batch, max((s.num_computed_tokens for s in prompts), default=0))
+
+    def _fit_budget(self, batch: Batch, num_computed_tokens: int) -> None:
+        """Lower the budget to what a prompt may take that has so many tokens in the cache."""
+        cost = self._step_time.cost
+        if cost is None or batch.limit_s == math.inf:
             return
         num_tokens = max_prompt_tokens(
             cost,
-            limit_s,
+            batch.limit_s,
             batch.shape,
-            # Of the longest one, which is the slowest.
-            num_computed_tokens=max((s.num_computed_tokens for s in prompts), default=0),
+            num_computed_tokens=num_computed_tokens,
             most=batch.budget_tokens,
         )
-        least = min(self._config.min_prefill_tokens, batch.budget_tokens)
-        batch.budget_tokens = max(least, num_tokens)
+        least = max(0, self._config.min_prefill_tokens - batch.num_prompt_tokens)
+        batch.budget_tokens = max(min(least, batch.budget_tokens), num_tokens)
 
     def _take_begun_prompts(self, batch: Batch, prompts: list[Sequence]) -> None:
         for sequence in prompts:
@@ -238,7 +246,10 @@ class Scheduler:
             sequence = next(iter(self.waiting.values()))
             if not self._admit(sequence, now_s):
                 return
-            batch.add_prompt(sequence)
+            if sequence.num_computed_tokens:  # what it has cached, its chunk looks at too
+                self._fit_budget(batch, sequence.num_computed_tokens)
+            if not batch.is_full:
+                batch.add_prompt(sequence)
 
     def _reserve_next_token(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the block that its next token needs, or return False: wait.

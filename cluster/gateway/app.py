@@ -27,6 +27,7 @@ from cluster.kvstore.open import open_store
 from cluster.model.checkpoint import check_layout, check_quantization, inspect_checkpoint
 from cluster.model.collective import check_compiler
 from cluster.model.footprint import check_fits
+from cluster.model.quantization.check import check_kernels
 from cluster.replica.placement import check_devices, group_num_cpus
 from cluster.replica.ray_actors import STOP_MARGIN_S, WILDCARD_HOSTS, group_deployment
 
@@ -140,6 +141,7 @@ def check(config: ClusterConfig, *, is_local: bool = True) -> None:
         check_port_free(config.gateway)
         check_tls_files(config.gateway)
         check_fits(info, config)
+        check_kernels(info, config.model)
     check_store(config.store)
 
 

@@ -191,7 +191,7 @@ class Generation:
         slo = self._request.slo
         if slo.ttft_s is not None:
             metrics.slo.labels("ttft", str(ttft_s <= slo.ttft_s).lower()).inc()
-        if slo.tpot_s is not None:
+        if slo.tpot_s is not None and answer.num_tokens > 1:
             metrics.slo.labels("tpot", str(tpot_s <= slo.tpot_s).lower()).inc()
         metrics.prompt_tokens.inc(len(self._request.prompt_token_ids))
         metrics.cached_tokens.inc(answer.num_cached_tokens)

@@ -74,14 +74,16 @@ def isa() -> str:
 
 @cache
 def _load() -> tuple[str, str]:
-    name, reason = choose_isa(os.environ.get("SLUICE_KERNELS", ""), cpu_features())
+    forced = os.environ.get("SLUICE_KERNELS", "")
+    name, reason = choose_isa(forced, cpu_features())
     if name:
         try:
             torch.ops.load_library(str(_built(name)))  # type: ignore[no-untyped-call]
-        except (_BuildError, OSError) as error:
+        except (_BuildError, OSError, RuntimeError) as error:  # no home to cache in
             name, reason = "", str(error)
     if name:
-        logger.info("CPU kernels: %s", name)
+        why = "SLUICE_KERNELS asks for it" if forced else "the best of what this CPU has"
+        logger.info("CPU kernels: %s, %s", name, why)
     else:
         logger.warning("CPU kernels: plain torch, slower, because %s", reason)
     return name, reason

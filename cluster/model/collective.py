@@ -49,7 +49,7 @@ class NoCollective:
 
 
 class DeepSpeedCollective:
-    """Collectives of `deepspeed.comm`: shared memory on a CPU host, NCCL on GPUs.
+    """Collectives of `deepspeed.comm` through a CPU host's shared memory.
 
     A dead rank leaves the others waiting for ever: whoever started them has to end them.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 
 from cluster.config import ClusterConfig
@@ -10,13 +12,15 @@ from cluster.model.checkpoint import inspect_checkpoint
 from cluster.model.layout import DTYPE_BYTES, block_bytes, num_blocks_for, stage_layers
 from cluster.model.model_info import ModelInfo
 
+CGROUP = Path("/sys/fs/cgroup")
+
 _INT4_OVERHEAD_BYTES = 3  # of a group: its scale in bfloat16, its zero in a byte
 
 
 def weight_bytes_of_worker(info: ModelInfo, config: ClusterConfig) -> int:
     """Return the bytes of the heaviest worker's linears, as they will lie in memory.
 
-    The embedding table counts nothing: it stays mapped, and a step reads a row per token of it.
+    An embedding table that is used as it is stored stays in its file and counts nothing.
     """
     dtype_bytes = DTYPE_BYTES[info.dtype_for(config.model.dtype)]
     stored_bytes = DTYPE_BYTES[info.dtype]
@@ -30,13 +34,17 @@ def weight_bytes_of_worker(info: ModelInfo, config: ClusterConfig) -> int:
     if info.is_quantized:  # as it is in the file
         per_element = per_head_element = stored_bytes
     stages = stage_layers(info, config.parallel.pp)
+    table_bytes = info.vocab_size * info.hidden_size * dtype_bytes
+    if config.model.device == "cpu" and dtype_bytes == stored_bytes:
+        table_bytes = 0
     heaviest = 0.0
     for index, layers in enumerate(stages):
         num_bytes = sum(info.layer_bytes[layer] for layer in layers) * per_element
         if index == len(stages) - 1:
             num_bytes += info.head_bytes * per_head_element
-        heaviest = max(heaviest, num_bytes / stored_bytes)
-    return int(heaviest / config.parallel.tp)
+        share = num_bytes / stored_bytes / config.parallel.tp
+        heaviest = max(heaviest, share + (table_bytes if index == 0 else 0))
+    return int(heaviest)
 
 
 def check_fits(info: ModelInfo, config: ClusterConfig) -> None:
@@ -47,7 +55,7 @@ def check_fits(info: ModelInfo, config: ClusterConfig) -> None:
         config: To be deployed; all replica groups are counted, as if they came to this machine.
 
     Raises:
-        ConfigError: They do not, with the sizes; or not one sequence fits into the cache.
+        ConfigError: They do not, with the sizes; or not one block fits into the cache.
     """
     parallel, cache = config.parallel, config.cache
     num_blocks = num_blocks_for(
@@ -57,9 +65,11 @@ def check_fits(info: ModelInfo, config: ClusterConfig) -> None:
         return
     cache_bytes = num_blocks * _block_bytes(info, config)
     weight_bytes = weight_bytes_of_worker(info, config)
-    num_workers = parallel.world_size * config.replica.num_replicas
+    scaling = config.replica.autoscaling
+    num_groups = scaling.max_replicas if scaling else config.replica.num_replicas
+    num_workers = parallel.world_size * num_groups
     wanted = num_workers * (weight_bytes + cache_bytes)
-    available = psutil.virtual_memory().available
+    available = available_bytes()
     if wanted > available:
         raise ConfigError(
             f"model.path={info.folder}: {num_workers} workers x ({weight_bytes} bytes of weights + "
@@ -89,6 +99,21 @@ def check_gpu_fits(config: ClusterConfig, *, num_blocks: int) -> None:
         weight_bytes=weight_bytes_of_worker(info, config),
         cache_bytes=num_blocks * _block_bytes(info, config),
     )
+
+
+def available_bytes() -> int:
+    """Return the memory that this process may still take: the machine's, or its container's."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        inactive = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return available
+    if limit == "max":
+        return available
+    # Cached file pages count as used there, and give way.
+    return min(available, int(limit) - used + int(inactive.get("inactive_file", 0)))
 
 
 def _block_bytes(info: ModelInfo, config: ClusterConfig) -> int:

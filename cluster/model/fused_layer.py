@@ -1,4 +1,4 @@
-"""A decoder layer of the Llama kind in eight calls: what its family computes, with less in between.
+"""A decoder layer of the Llama kind in nine calls: what its family computes, with less in between.
 
     x -> norm -> q, k, v in one product -> rotate -> write k, v -> attention -> out (+ x) = y
     y -> norm -> SiLU(gate) x up in one product -> down (+ y)

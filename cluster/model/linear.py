@@ -1,6 +1,6 @@
 """The linear layers of a shard: packed weights, and their tensor-parallel forms.
 
-    bf16, INT8, INT4 on AVX-512   our kernels (native_linear.py)
+    bf16, INT8, INT4 on a CPU     our kernels, with BF16 and VNNI (native_linear.py)
     FP8 on a GPU                  cuda_linear.py
     the rest on a CPU             oneDNN on weights packed once; `F.linear` packs in each call
     the rest on a GPU             `F.linear`
@@ -67,7 +67,8 @@ def make_linear(weight: Weight, bias_O: Tensor | None, *, joins_gate_up: bool = 
         if reason := why_not_native(weight.shape[1]):
             raise ConfigError(
                 f"model.quantization={weight.scheme} needs kernels for AVX-512 with BF16 and VNNI: "
-                f"{reason}; set model.quantization=none",
+                f"{reason}; set model.quantization=none, or take the model that a quantized one "
+                "was made from",
                 field="model.quantization",
             )
         return NativeLinear(weight, bias_O, joins_gate_up=joins_gate_up)
@@ -121,11 +122,13 @@ def pad_rows(weight: Weight, num_rows: int) -> Weight:
         return weight
     if isinstance(weight, Tensor):
         return F.pad(weight, (0, 0, 0, num_missing))
-    assert weight.zeros is None, "only heads are padded, and they have no zeros"
+    # Codes of zero times scales of zero: a padded row gives 0 whatever its zeros are.
+    below = (0, num_missing) if weight.scales.dim() == 1 else (0, 0, 0, num_missing)
     return replace(
         weight,
         codes=F.pad(weight.codes, (0, 0, 0, num_missing)),
-        scales=F.pad(weight.scales, (0, num_missing), value=1.0),
+        scales=F.pad(weight.scales, below),
+        zeros=None if weight.zeros is None else F.pad(weight.zeros, below),
     )
 
 

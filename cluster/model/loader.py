@@ -38,6 +38,7 @@ from cluster.model.linear import (
 )
 from cluster.model.mapped_table import keep_in_file
 from cluster.model.model_info import ModelInfo
+from cluster.model.native_linear import why_not_native
 from cluster.model.quantization.reader import read_quantized
 from cluster.model.quantization.weight import Scheme, head_scheme, quantize
 from cluster.model.stage import build_stage
@@ -78,17 +79,20 @@ def load_stage(info: ModelInfo, placement: Placement) -> Stage:
     layers = stage_layers(info, shard.pp)[shard.pp_rank]
     model = build_stage(Path(info.folder), placement.dtype, layers, shard)
     source = open_source(model, Path(info.folder), placement.dtype, shard.tp)
-    _Filler(model, info.tp_plan, placement, source).fill()
+    filler = _Filler(model, info.tp_plan, placement, source)
+    filler.fill()
+    unfused = f": {filler.why_not_fused}" if filler.why_not_fused else ""
+    fused = [module for module in model.modules() if isinstance(module, FusedLayer)]
     reason = why_linears_stay(placement.dtype, placement.device)
     logger.info(
-        "stage %d of %d, rank %d of %d: layers %d to %d in %s, weights %s; linears %s",
+        "stage %d of %d, rank %d of %d: layers %d to %d in %s, weights %s; linears %s; %s",
         *(shard.pp_rank, shard.pp, shard.tp_rank, shard.tp),
         *(layers.start, layers.stop - 1, placement.dtype),
         info.quantization_for(placement.quantization).replace("none", "not quantized"),
-        f"as they are: {reason}" if reason else "packed",
+        f"as they are: {reason}" if reason else f"packed by {_packer(placement)}",
+        f"{len(fused)} of {len(layers)} layers fused{unfused}",
     )
-    num_fused = sum(isinstance(module, FusedLayer) for module in model.modules())
-    return Stage(model, layers, is_fused=num_fused == len(layers))
+    return Stage(model, layers, is_fused=len(fused) == len(layers))
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,12 @@ class _Slot:
         return sum(linear.in_features * linear.out_features for linear in self.sources)
 
 
+def _packer(placement: Placement) -> str:
+    is_quantized = placement.quantization != "none"
+    is_ours = is_quantized or (placement.dtype is torch.bfloat16 and not why_not_native())
+    return "our kernels" if is_ours else "oneDNN"
+
+
 class _Filler:
     """Puts one rank's weights into a module on the meta device."""
 
@@ -118,6 +128,7 @@ class _Filler:
         self._plan = {f"{prefix}.{pattern}": style for pattern, style in tp_plan.items()}
         self._names = {module: name for name, module in model.named_modules()}
         self._head = model.get_output_embeddings()
+        self.why_not_fused = ""  # of the last layer that stays as transformers made it
 
     def fill(self) -> None:
         """Replace the linears, then load what remains."""
@@ -145,7 +156,7 @@ class _Filler:
                 continue
             reason = why_not_fused(layer, tp, placement.dtype, placement.device)
             if reason:
-                logger.debug("%s runs as transformers made it: %s", name, reason)
+                self.why_not_fused = reason
                 continue
             fused, attention, mlp = FusedLayer(layer, tp), layer.self_attn, layer.mlp
             owner, _, attribute = name.rpartition(".")
@@ -257,8 +268,13 @@ class _Filler:
         scheme: Scheme = placement.quantization
         if is_head:
             scheme = head_scheme(scheme)
-        matrix = view.to(device=placement.device)
-        return pad_rows(quantize(matrix, scheme, placement.group_size), num_rows)
+        quantized = quantize(view.to(device=placement.device), scheme, placement.group_size)
+        if not bool(quantized.scales.isfinite().all()):
+            raise ConfigError(
+                f"model.path: {name} holds numbers that are not finite; get the checkpoint again",
+                field="model.path",
+            )
+        return pad_rows(quantized, num_rows)
 
     def _table(self, name: str) -> Tensor:
         """Return an embedding table: a view of the file where neither dtype nor device differ."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.kernels import native
+from cluster.model.quantization.check import INPUT_MULTIPLE
 from cluster.model.quantization.weight import INT4_ZERO, QuantizedWeight
 
 LANES = 16
@@ -19,7 +20,6 @@ LANES = 16
 
 NO_JOIN, SILU_MUL = 0, 1
 _PANELS_OF_A_BLOCK = 4  # packed weights are padded to whole blocks
-_INPUT_MULTIPLE = 32
 
 
 def why_not_native(num_inputs: int = 0) -> str:
@@ -32,8 +32,8 @@ def why_not_native(num_inputs: int = 0) -> str:
         return reason
     if native.isa() != "avx512_bf16":
         return f"the kernels for {native.isa()} have no matrix products"
-    if num_inputs % _INPUT_MULTIPLE:
-        return f"{num_inputs} inputs are not a multiple of {_INPUT_MULTIPLE}"
+    if num_inputs % INPUT_MULTIPLE:
+        return f"{num_inputs} inputs are not a multiple of {INPUT_MULTIPLE}"
     return ""
 
 

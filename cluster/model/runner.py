@@ -149,6 +149,9 @@ class ModelRunner:
             if replayed is None:
                 inputs = self._inputs(plan, hidden_TD)
                 hidden: Tensor = self._model.base_model(**inputs).last_hidden_state[0]
+            if self.is_last and self._device.type == "cuda":
+                # Nothing waits for the device here; the next step's time would hold this one's.
+                torch.cuda.synchronize(self._device)
             return {} if self.is_last else hidden
         rows = torch.tensor(_sampled_rows(plan), device=self._device)
         if replayed is None:
@@ -186,6 +189,11 @@ class ModelRunner:
     def model(self) -> Any:
         """transformers' causal LM, cut to this stage: to look at, as benchmarks do."""
         return self._model
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps are captured as CUDA graphs."""
+        return self._graphs is not None
 
     @property
     def weight_nbytes(self) -> int:

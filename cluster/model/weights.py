@@ -147,6 +147,7 @@ def open_source(model: Any, folder: Path, dtype: torch.dtype, tp: int) -> Weight
     names = [name for name, _ in model.named_parameters()]
     strange = [name for name in names if not source.has(tied.get(name, name))]
     if not strange:
+        _check_shapes(source, model, folder)
         return source
     if source.is_quantized:
         raise ConfigError(
@@ -168,6 +169,18 @@ def open_source(model: Any, folder: Path, dtype: torch.dtype, tp: int) -> Weight
     if missing := sorted(report["missing_keys"]):
         raise _no_tensor(folder, missing[0])
     return ModuleSource(whole.state_dict())
+
+
+def _check_shapes(source: SafetensorsSource, model: Any, folder: Path) -> None:
+    """Raise ConfigError if a tensor has not the shape that config.json promises."""
+    for name, parameter in model.named_parameters():
+        shape = source.shape(model.all_tied_weights_keys.get(name, name))
+        if shape != tuple(parameter.shape):
+            raise ConfigError(
+                f"model.path={folder}: {name} has shape {list(shape)}, config.json promises "
+                f"{list(parameter.shape)}; get the checkpoint again",
+                field="model.path",
+            )
 
 
 @contextmanager

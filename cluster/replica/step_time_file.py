@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _MAX_BYTES = 4 * 2**20  # a longer file is none of ours
+_MIN_STEP_S = 1e-7  # shorter than any step, and long enough to divide by
 _MAX_VALUE = 1e12  # of tokens, contexts and their products
 
 StepTimes = Sequence[tuple[float, ...]]
@@ -52,6 +53,7 @@ def identity_of(config: ClusterConfig, *, fingerprint: bytes) -> dict[str, Any]:
         "pp": config.parallel.pp,
         "threads": num_threads,
         "device": config.model.device,
+        "kernels": os.environ.get("SLUICE_KERNELS", ""),
         "machine": _gpu_name() if config.model.device == "cuda" else _cpu_name(),
     }
 
@@ -111,7 +113,8 @@ def _checked(content: Any, identity: dict[str, Any]) -> StepTimes:
         raise ValueError("they belong to another model, layout or machine")
     steps = [tuple(map(float, row)) for row in content["steps"]] if "steps" in content else []
     for row in steps:
-        if len(row) != 5 or not all(0 <= value <= _MAX_VALUE for value in row) or not row[4]:
+        is_known = len(row) == 5 and all(0 <= value <= _MAX_VALUE for value in row)
+        if not is_known or row[4] < _MIN_STEP_S:
             raise ValueError(f"a step of {row}")
     return steps
 

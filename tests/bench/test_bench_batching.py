@@ -24,7 +24,9 @@ from cluster.engine.executor import Executor
 from cluster.engine.step_time import StepTimeModel
 from cluster.errors import InvalidArgumentError
 from cluster.types import StepShape
+from tests.cli.cli_run import error_of
 from tests.fakes import TimedExecutor
+from tests.model.model_fakes import save_model
 
 LOAD = BatchingLoad(stream_output_tokens=60, num_prompts=3, prompt_tokens=600)
 
@@ -117,3 +119,12 @@ def test_load_that_the_model_cannot_take_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="601 tokens, limit=512") as caught:
         check_load(LOAD, 512)
     assert caught.value.field == "prompt-tokens"
+
+
+def test_engine_that_this_machine_cannot_hold_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model("llama", tmp_path)
+    monkeypatch.setattr("cluster.model.footprint.available_bytes", lambda: 10_000)
+    load = ("--stream-tokens=4", "--prompt-tokens=32")
+    assert "10000 are free" in error_of("bench", "batching", f"--model={folder}", *load)

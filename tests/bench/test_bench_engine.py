@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.bench import engine as engine_module
 from cluster.bench.engine import EngineLoad, profile_round, run_engine_bench
 from cluster.bench.engine_report import engine_report, profile_table
+from cluster.bench.engine_setup import attention_of
 from cluster.bench.hardware import HardwarePeaks
 from cluster.config import load_config
 from cluster.errors import ConfigError
+from cluster.kernels import cuda, native
+from cluster.model.checkpoint import inspect_checkpoint
 from tests.cli.cli_run import error_of, run
 from tests.model.model_fakes import save_model
 
@@ -72,6 +77,8 @@ def test_bench_engine_prints_the_contract_and_its_figures_agree(folder: Path) ->
     assert result["decode_batch"] == 3
     assert 0 < result["scheduling_share"] <= result["engine_overhead_share"] < 1
     assert figures["engine"]["threads"] == 1
+    assert figures["engine"]["attention"] == ("native" if native.isa() else "plain")
+    assert figures["engine"]["decode_graphs"] is False
     # 3 requests of 24 tokens in blocks of 16, float32 keys and values of 3 layers, 2 heads of 8
     assert figures["engine"]["num_blocks"] == 3 * 2
     assert result["kv_cache_bytes"] == 3 * 2 * 16 * 2 * 3 * 2 * 8 * 4
@@ -82,6 +89,7 @@ def test_bench_engine_shared_prefix_comes_from_the_cache(folder: Path) -> None:
     figures = command(folder, "--shared-prefix-len=16", "--num-blocks=32")
     # The first request of the warm-up has computed the block that all have in common.
     assert figures["result"]["cached_token_share"] == pytest.approx(16 / 20)
+    assert figures["result"]["matrix_peak_share"] is None
 
 
 def test_bench_engine_settings_of_the_user_come_last(folder: Path) -> None:
@@ -119,6 +127,49 @@ def test_bench_engine_refuses_what_cannot_be_served(folder: Path) -> None:
     assert "parallel.tp=2" in error
     missing = error_of("bench", "engine", "--model=/nowhere", *SMALL)
     assert "/nowhere" in missing
+
+
+def test_bench_engine_refuses_what_this_machine_cannot_hold_or_multiply(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("bench", "engine", f"--model={folder}", *SMALL)
+    monkeypatch.setattr(
+        "cluster.model.native_linear.why_not_native", lambda *_: "there is no compiler"
+    )
+    error = error_of(*command, "--quantization=int8")
+    assert "int8 needs the kernels" in error and "there is no compiler" in error
+    monkeypatch.setattr("cluster.model.footprint.available_bytes", lambda: 10_000)
+    assert "10000 are free" in " ".join(error_of(*command).split())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "softcap", "cache_dtype", "attention"),
+    [
+        (torch.bfloat16, None, "auto", "flash"),
+        (torch.float32, None, "auto", "triton"),
+        (torch.bfloat16, 50.0, "auto", "triton"),
+        (torch.bfloat16, None, "int8", "triton"),
+    ],
+)
+def test_attention_of_a_gpu_is_named_as_the_kernels_choose_it(
+    dtype: torch.dtype,
+    softcap: float | None,
+    cache_dtype: str,
+    attention: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(cuda, "_activate_flash", lambda _: "")
+    monkeypatch.setattr(cuda, "why_not_triton", lambda: "")
+    model = SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping=softcap))
+    runner: Any = SimpleNamespace(model=model, dtype=dtype)
+    overrides = [f"model.path={folder}", "model.device=cuda", f"cache.dtype={cache_dtype}"]
+    config, info = load_config(None, overrides), inspect_checkpoint(folder)
+    assert attention_of(runner, info, config) == attention
+    monkeypatch.setattr(cuda, "why_not_triton", lambda: "Triton is not installed")
+    without = "flash" if attention == "flash" else "plain"
+    assert attention_of(runner, info, config) == without
 
 
 def test_bench_engine_fit_that_cannot_be_written_is_one_error(folder: Path) -> None:

@@ -133,4 +133,4 @@ def test_engine_server_notes_every_step() -> None:
     sizes = [(s.num_sequences, s.num_tokens, s.num_context_tokens) for s in server.steps]
     assert sizes == [(2, 8, 8), (2, 2, 10), (2, 2, 12)]
     assert [step.is_decode for step in server.steps] == [False, True, True]
-    assert all(0 <= s.forward_s <= s.executor_s <= s.wall_s for s in server.steps)
+    assert all(0 <= s.executor_s <= s.wall_s and s.forward_s == 0 for s in server.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,18 @@ def test_shares_are_what_is_reached_of_what_was_measured() -> None:
     assert found["engine_overhead_share"] == pytest.approx(0.25)
     assert found["scheduling_share"] == pytest.approx(0.1)
     assert found["decode_batch"] == 4
+
+
+def test_prompt_that_was_in_part_found_says_nothing_of_arithmetic() -> None:
+    found = shares(WORK, PEAKS, replace(ALONE, num_cached_tokens=1), [step(4, 4)])
+    assert found["matrix_peak_share"] is None
+    assert found["memory_bandwidth_share"] == pytest.approx(1200 * 20 / 40_000)
+
+
+def test_overhead_is_unknown_where_the_time_of_the_model_is() -> None:
+    found = shares(WORK, PEAKS, ALONE, [replace(step(4, 4), forward_s=None)])
+    assert found["engine_overhead_share"] is None
+    assert found["scheduling_share"] == pytest.approx(0.1)
 
 
 def test_shares_of_an_unknown_work_leave_the_limits_out() -> None:

@@ -31,12 +31,12 @@ ROW = Row("int8", "int8", Work(16, 256, 64), ("sluice", "openvino"))
 
 
 def test_sluice_is_asked_for_the_row() -> None:
-    args = " ".join(sluice_command(Path("/m"), ROW, threads=2).args)
+    args = " ".join(sluice_command(Path("/m"), ROW, threads=2, seed=5).args)
     assert args.startswith(f"{sys.executable} -m cluster.cli bench engine --model /m ")
     assert "--requests 16 --input-len 256 --output-len 64" in args
     assert "--quantization int8" in args
-    assert args.endswith("--threads 2 --json")
-    unquantized = sluice_command(Path("/m"), replace(ROW, scheme="bf16"), threads=2)
+    assert args.endswith("--threads 2 --seed 5 --json")
+    unquantized = sluice_command(Path("/m"), replace(ROW, scheme="bf16"), threads=2, seed=5)
     assert "--quantization none" in " ".join(unquantized.args)
 
 

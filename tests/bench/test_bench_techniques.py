@@ -21,6 +21,8 @@ from cluster.bench.techniques_report import techniques_report
 from cluster.bench.techniques_row import Row, config_of, group_size_for, open_server, run_row
 from cluster.bench.techniques_workload import QUICK, Workload
 from cluster.clock import WallClock
+from cluster.errors import ConfigError
+from cluster.kernels import native
 from cluster.types import EngineOutput
 from tests.cli.cli_run import error_of, run
 from tests.model.model_fakes import save_model
@@ -190,10 +192,22 @@ def test_row_counts_what_was_asked_for(folder: Path, name: str) -> None:
     assert figures["num_prompt_tokens"] == sum(len(r.prompt_token_ids) for r in asked)
     rate = figures["num_out_tokens"] / figures["window_s"]
     assert figures["out_tokens_per_s"] == pytest.approx(rate)
+    assert figures["kernels"] == (native.isa() or "torch")
     # All users ask at once, so they all compute the prefix; the later ones find it.
     num_finders = len(asked) - SMALL.num_users if name == "prefix_cache" else 0
     cached = figures["cached_token_share"] * figures["num_prompt_tokens"]
     assert cached == pytest.approx(num_finders * SMALL.num_prefix_tokens)
+
+
+@pytest.mark.parametrize("name", ["fused_kernels", "int8", "int4"])
+def test_row_of_the_kernels_is_not_measured_without_them(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_KERNELS", "torch")
+    monkeypatch.setattr(native, "_load", lambda: ("", "SLUICE_KERNELS=torch asks for it"))
+    with pytest.raises(ConfigError, match=r"^SLUICE_KERNELS=torch: .* unset SLUICE_KERNELS") as got:
+        run_row(Row(name, str(folder), 1, SMALL))
+    assert got.value.field == "SLUICE_KERNELS"
 
 
 def test_group_size_is_the_largest_that_divides(tmp_path: Path) -> None:
@@ -205,6 +219,18 @@ def test_group_size_is_the_largest_that_divides(tmp_path: Path) -> None:
 def test_command_names_the_techniques_that_there_are() -> None:
     error = error_of("bench", "techniques", "--technique=magic")
     assert "--technique=magic" in error and "int8" in error
+
+
+def test_command_fails_where_a_row_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "cluster.bench.techniques.run_in_process",
+        lambda row, _: {"error": "broken"} if row.technique == "int8" else answer(2.0),
+    )
+    rows = ["--technique=bf16", "--technique=int8"]
+    result = run("bench", "techniques", *rows, "--quick", "--json")
+    assert result.exit_code == 1
+    assert [row["error"] for row in json.loads(result.stdout)["rows"]] == [None, "broken"]
+    assert run("bench", "techniques", rows[0], "--quick", "--json").exit_code == 0
 
 
 @pytest.mark.integration

@@ -56,6 +56,13 @@ def test_limit_does_not_chase_what_cannot_be_made_up() -> None:
     assert limit_s(10.9, stream(num_outputs=5, max_tokens=25)) < 0
 
 
+def test_limit_leaves_prompts_a_share_beside_an_objective_below_any_step() -> None:
+    hopeless = stream(num_outputs=5, tpot_s=0.001)
+    assert limit_s(10.4, hopeless) == pytest.approx(FASTEST_S / 0.7)
+    # Another stream's objective, which can be kept, still holds.
+    assert limit_s(10.4, hopeless, stream(num_outputs=8, tpot_s=0.06)) == pytest.approx(0.054)
+
+
 class Mixed:
     """Streams with an objective, and prompts without, on a machine with a known step time."""
 
@@ -66,6 +73,7 @@ class Mixed:
         seconds: Callable[[StepShape], float] | None = None,
         num_streams: int = 8,
         config: EngineConfig | None = None,
+        prefix_caching: bool = False,
     ) -> None:
         self.clock = VirtualClock()
         self.executor = TimedExecutor(self.clock, seconds or self.machine_s)
@@ -77,7 +85,7 @@ class Mixed:
             fingerprint=b"model",
             eos_token_ids=frozenset(),
             vocab_size=100_000,
-            prefix_caching=False,
+            prefix_caching=prefix_caching,
             clock=self.clock,
         )
         self.times: dict[str, list[float]] = {}
@@ -148,6 +156,22 @@ def test_prompts_do_not_starve_under_an_objective_that_cannot_be_kept() -> None:
     sizes = impossible.prompt_tokens()
     assert min(sizes[:-1]) == 20 == sorted(sizes)[len(sizes) // 2]
     assert all(impossible.times[f"prompt{i}"] for i in range(4))
+
+
+def test_cached_prefixes_of_waiting_prompts_count_as_context() -> None:
+    paced = Mixed(0.2, prefix_caching=True)
+    paced.add("first", 3000, 1)
+    while not paced.times["first"]:
+        paced.step()
+    began_s = paced.clock.now()
+    for index in range(4):
+        paced.add(f"like it {index}", 3090, 1)
+    while paced.engine.has_work:
+        paced.step()
+    assert paced.executor.shapes[-1].num_tokens == 8  # the streams outlived the prompts
+    for index in range(8):
+        later = [t for t in paced.times[f"stream{index}"] if t >= began_s]
+        assert len(later) > 8 and longest_gap(later) <= 0.2
 
 
 def test_budget_stays_below_the_largest_step() -> None:

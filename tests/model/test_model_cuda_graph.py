@@ -173,7 +173,7 @@ def test_replayed_stages_equal_whole_model(tmp_path: Path) -> None:
     assert replayed
 
 
-def make_gpu_runner(folder: Path, dtype: str) -> ModelRunner:
+def make_gpu_runner(folder: Path, dtype: str, max_num_seqs: int = 0) -> ModelRunner:
     return ModelRunner(
         ModelConfig(path=str(folder), dtype=dtype, device="cuda"),  # type: ignore[arg-type]
         CacheConfig(block_size=BLOCK_SIZE),
@@ -181,7 +181,34 @@ def make_gpu_runner(folder: Path, dtype: str) -> ModelRunner:
         NoCollective(),
         max_model_len=128,
         num_blocks=NUM_BLOCKS,
+        max_num_seqs=max_num_seqs,
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_runner_captures_by_itself_and_its_tokens_are_the_eager_ones(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(family, tmp_path)
+    eager = make_gpu_runner(folder, "float32")
+    assert eager._graphs is None and not eager.has_graphs
+    captured = make_gpu_runner(folder, "float32", max_num_seqs=12)
+    graphs = captured._graphs
+    assert graphs is not None and captured.has_graphs
+    replayed = list[bool]()
+    run_graphs = graphs.run
+
+    def counted(plan: StepPlan, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        rows = run_graphs(plan, hidden)
+        replayed.append(rows is not None)
+        return rows
+
+    monkeypatch.setattr(graphs, "run", counted)
+    expected = drive(run_pipeline([eager]), prompts(), 16)
+    assert drive(run_pipeline([captured]), prompts(), 16) == expected
+    assert sum(replayed) > 10
 
 
 @pytest.mark.gpu

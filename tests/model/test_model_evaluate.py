@@ -16,13 +16,16 @@ from cluster.config import DEMO_MODEL_PATH, CacheConfig, ModelConfig
 from cluster.errors import ConfigError
 from cluster.model.evaluate import Evaluation, compare, cut_prompts, evaluate
 from cluster.model.held_out import cut_windows, encode_texts, held_out_texts
+from cluster.model.native_linear import why_not_native
 from cluster.model.quantization.writer import quantize_checkpoint
+
+needs_kernels = pytest.mark.skipif(bool(why_not_native()), reason=why_not_native())
 
 
 def run(folder: Path, windows: Any, **options: Any) -> Evaluation:
     plan = {"prompt_tokens": 8, "num_prompts": 0, "num_continued": 6} | options
-    model = ModelConfig(path=str(folder), dtype=options.pop("dtype", "float32"))
-    plan.pop("dtype", None)
+    precision = {name: plan.pop(name) for name in ("dtype", "quantization") if name in plan}
+    model = ModelConfig(path=str(folder), **{"dtype": "float32"} | precision)
     return evaluate(model, CacheConfig(block_size=4), windows, **plan)
 
 
@@ -76,14 +79,15 @@ def test_prompts_are_spread_over_the_windows() -> None:
     assert cut_prompts(windows, 4, 0) == []
 
 
-def test_damaged_weights_are_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["none", pytest.param("int8", marks=needs_kernels)])
+def test_damaged_weights_are_an_error(scheme: str, tmp_path: Path) -> None:
     folder = save_model("llama", tmp_path)
     file = folder / "model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ConfigError, match="probabilities are no numbers"):
-        run(folder, prompts()[1:])
+        run(folder, prompts()[1:], quantization=scheme)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,7 @@ def demo() -> tuple[list[tuple[int, ...]], Evaluation]:
     return windows, run(DEMO_MODEL_PATH, windows, dtype="bfloat16")
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     ("scheme", "limit", "choices"), [("int8", 1.01, 0.95), ("int4", 1.05, 0.9)]
 )

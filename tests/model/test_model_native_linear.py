@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -148,6 +150,65 @@ def test_padded_rows_give_zeros() -> None:
         out = make_linear(pad_rows(weight, 16), None)(x_TI)
         assert torch.equal(out[:, 10:], torch.zeros(3, 6).bfloat16())
         assert torch.equal(out[:, :10], make_linear(weight, None)(x_TI))
+
+
+def _asymmetric(outputs: int, inputs: int) -> QuantizedWeight:
+    """Return an int4 weight with zeros of its own, as some checkpoints have them."""
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    scales = torch.rand(outputs, inputs // 32).bfloat16().float() + 0.5
+    zeros = torch.randint(0, 16, (outputs, inputs // 32)).float()
+    return QuantizedWeight("int4", codes, scales, zeros, 32)
+
+
+@pytest.mark.parametrize("has_zeros", [False, True])
+def test_padded_rows_of_int4_give_zeros(has_zeros: bool) -> None:
+    torch.manual_seed(0)
+    weight = _asymmetric(10, 64)
+    if not has_zeros:
+        weight = replace(weight, zeros=None)
+    padded = pad_rows(weight, 16)
+    assert isinstance(padded, QuantizedWeight)
+    assert padded.shape == (16, 64)
+    assert torch.equal(dequantize(padded)[10:], torch.zeros(6, 64))
+    x_TI = torch.randn(3, 64).bfloat16()
+    out = make_linear(padded, None)(x_TI)
+    assert torch.equal(out[:, 10:], torch.zeros(3, 6).bfloat16())
+    assert torch.equal(out[:, :10], make_linear(weight, None)(x_TI))
+    _assert_close(out[:, :10], x_TI.double() @ _plain(weight).T, "int4")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_tokens_give_no_rows(scheme: str) -> None:
+    for joins_gate_up, width in ((False, 64), (True, 32)):
+        linear = make_linear(_weight(scheme, 64, 96), None, joins_gate_up=joins_gate_up)
+        out = linear(torch.empty(0, 96).bfloat16())
+        assert out.shape == (0, width) and out.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("num_tokens", [3, 30])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
+def test_nan_of_a_token_stays_in_its_row(scheme: str, num_tokens: int, bad: float) -> None:
+    torch.manual_seed(0)
+    linear = NativeLinear(_weight(scheme, 70, 96), None)
+    x_TI = torch.randn(num_tokens, 96).bfloat16()
+    clean = linear(x_TI)
+    x_TI[1, 40] = bad
+    out = linear(x_TI)
+    assert not out[1].isfinite().any()
+    others = torch.arange(num_tokens) != 1
+    assert torch.equal(out[others], clean[others])
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "int8"])
+@pytest.mark.parametrize("num_inputs", [16, 48, 432])
+@pytest.mark.parametrize("num_tokens", [1, 7, 30])
+def test_inputs_are_any_multiple_of_16(scheme: str, num_inputs: int, num_tokens: int) -> None:
+    torch.manual_seed(0)
+    weight, x_TI = _weight(scheme, 70, num_inputs), torch.randn(num_tokens, num_inputs).bfloat16()
+    linear = make_linear(weight, None)
+    assert isinstance(linear, NativeLinear)
+    _assert_close(linear(x_TI), x_TI.double() @ _plain(weight).T, scheme)
 
 
 def test_bytes_of_a_weight_are_those_that_a_step_reads() -> None:

@@ -11,7 +11,9 @@ from model_fakes import save_model
 
 from cluster.config import DEMO_MODEL_PATH, ModelConfig, ParallelConfig
 from cluster.errors import ConfigError
+from cluster.kernels import native
 from cluster.model.checkpoint import check_quantization, inspect_checkpoint
+from cluster.model.quantization.check import check_kernels
 from cluster.model.quantization.writer import quantize_checkpoint
 
 
@@ -74,6 +76,46 @@ def test_what_cannot_run_is_refused(settings: dict[str, Any], field: str, messag
     with pytest.raises(ConfigError, match=message) as caught:
         check(DEMO_MODEL_PATH, **settings)
     assert caught.value.field == field
+
+
+def test_inputs_that_the_products_do_not_take_are_refused(tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path)  # 48 columns of the MLP
+    check(folder, quantization="int8")
+    with pytest.raises(
+        ConfigError, match=r"down_proj\.weight has 24 inputs per rank of parallel\.tp=2, .* of 16"
+    ) as caught:
+        check(folder, tp=2, quantization="int8")
+    assert caught.value.field == "model.quantization"
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    folder = save_model("mixtral", tmp_path)
+    check(folder)
+    with pytest.raises(ConfigError, match=r"model_type='mixtral' keeps .* stacks of experts"):
+        check(folder, quantization="int8")
+
+
+def test_a_machine_without_the_kernels_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    quantize_checkpoint(DEMO_MODEL_PATH, tmp_path / "out", "int8", 32)
+    monkeypatch.setattr(native, "_load", lambda: ("", "SLUICE_KERNELS=torch asks for it"))
+
+    def check_machine(folder: Path, **model: Any) -> None:
+        check_kernels(inspect_checkpoint(folder), ModelConfig(path=str(folder), **model))
+
+    check_machine(DEMO_MODEL_PATH)
+    check_machine(DEMO_MODEL_PATH, quantization="fp8", device="cuda")
+    for folder, settings, field in (
+        (DEMO_MODEL_PATH, {"quantization": "int8"}, "model.quantization"),
+        (tmp_path / "out", {}, "model.path"),
+    ):
+        with pytest.raises(ConfigError, match=r"int8 needs .* SLUICE_KERNELS=torch") as caught:
+            check_machine(folder, **settings)
+        assert caught.value.field == field
+    monkeypatch.setattr(native, "_load", lambda: ("avx2", ""))
+    with pytest.raises(ConfigError, match=r"the kernels for avx2 have no matrix products"):
+        check_machine(DEMO_MODEL_PATH, quantization="int4")
 
 
 def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

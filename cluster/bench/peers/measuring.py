@@ -53,7 +53,7 @@ class Measuring:
             raise RunFailedError(reason)
         log = self.environments.log(f"{row.name}-{name}-{round_number}")
         if name == SLUICE:
-            command = sluice_command(self.model, row, self.threads)
+            command = sluice_command(self.model, row, self.threads, self.seed)
             answer = last_object(run_command(command, log, self.timeout_s))
             figures: Mapping[str, float] = answer.get("result", {})
         else:

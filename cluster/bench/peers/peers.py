@@ -113,7 +113,7 @@ def export_command(peer: Peer, venv: Path, model: Path, scheme: str, out: Path) 
     return Command(args, {"HF_HUB_OFFLINE": "1"}, DRIVERS)
 
 
-def sluice_command(model: Path, row: Row, threads: int) -> Command:
+def sluice_command(model: Path, row: Row, threads: int, seed: int) -> Command:
     """Return the command of one run of Sluice itself, in the environment of this process."""
     options = {
         "model": model.resolve(),
@@ -125,6 +125,7 @@ def sluice_command(model: Path, row: Row, threads: int) -> Command:
         "cache-dtype": "auto",
         "device": "cpu",
         "threads": threads,
+        "seed": seed,
     }
     args = (sys.executable, "-m", "cluster.cli", "bench", "engine", *_options(options), "--json")
     return Command(args, {})

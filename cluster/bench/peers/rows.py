@@ -40,6 +40,6 @@ ROWS = (
     Row("bf16", "bf16", _SHORT, ("sluice", "vllm", "openvino", "transformers", "llama.cpp")),
     Row("int8", "int8", _SHORT, ("sluice", "openvino", "llama.cpp")),
     Row("int4", "int4", _SHORT, ("sluice", "openvino", "llama.cpp")),
-    # A static batch and a build without AVX-512 take minutes each here: they say nothing new.
+    # Seven times the tokens of the others: for the engines that batch continuously by themselves.
     Row("long", "bf16", Work(32, 1024, 128), ("sluice", "vllm", "openvino")),
 )

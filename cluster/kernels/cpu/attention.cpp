@@ -33,9 +33,11 @@ class Scratch {
   T* get(int64_t count) {
     const size_t bytes = static_cast<size_t>(count) * sizeof(T);
     if (bytes > size_) {
-      size_ = rounded_up_64(bytes);
-      memory_.reset(static_cast<char*>(std::aligned_alloc(64, size_)));
-      TORCH_CHECK(memory_, "no memory for ", size_, " bytes of scratch");
+      const size_t wanted = rounded_up_64(bytes);
+      size_ = 0;
+      memory_.reset(static_cast<char*>(std::aligned_alloc(64, wanted)));
+      TORCH_CHECK(memory_, "no memory for ", wanted, " bytes of scratch");
+      size_ = wanted;
     }
     return reinterpret_cast<T*>(memory_.get());
   }

@@ -13,7 +13,8 @@
 // A micro kernel multiplies a tile of R rows with V panels and leaves fp32 sums in a small buffer;
 // the epilogue scales, adds bias and residual, or joins gate and up, and writes. Threads share the
 // panels. Memory is read once: where several tiles follow each other on the same panels, the second
-// finds them in L2, and each prefetches a part of the next panels, so that memory never idles.
+// finds them in L2, and each prefetches a part of the next panels, so that memory never idles (INT4
+// has a quarter of the bytes, and only prefetches within a panel).
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -138,7 +139,7 @@ Tensor pack(const Tensor& w_OI) {
   TORCH_CHECK(w_OI.dim() == 2 && w_OI.stride(1) == 1,
               "weights must be [outputs, inputs], rows dense");
   const int64_t outputs = w_OI.size(0), quanta = w_OI.size(1) / quantum;
-  TORCH_CHECK(w_OI.size(1) % 32 == 0, "inputs=", w_OI.size(1), " must be a multiple of 32");
+  TORCH_CHECK(w_OI.size(1) % kLanes == 0, "inputs=", w_OI.size(1), " must be a multiple of 16");
   const int64_t panels = padded_panels(outputs);
   Tensor packed = at::empty({panels, quanta, kLanes, quantum}, w_OI.options());
   advise_large_pages(packed);
@@ -229,6 +230,7 @@ Tensor linear_bf16(const Tensor& x_TI, const Tensor& packed, int64_t outputs,
   const int64_t quanta = packed.size(1);
   TORCH_CHECK(x_TI.scalar_type() == at::kBFloat16 && x_TI.stride(0) % 2 == 0, "bfloat16 only");
   Call call = begin_call(x_TI, packed, quanta * 2, outputs, bias_O, residual_TO, join);
+  if (call.rows == 0) return call.out;
   const Rows x{static_cast<const int32_t*>(x_TI.const_data_ptr()), x_TI.stride(0) / 2};
   multiply(kBf16Tiles, x, call.rows, packed, call.epilogue,
            call.out.mutable_data_ptr<at::BFloat16>());
@@ -271,6 +273,7 @@ Tensor linear_int8(const Tensor& x_TI, const Tensor& packed, const Tensor& scale
                    const std::optional<Tensor>& residual_TO, int64_t join) {
   const int64_t quanta = packed.size(1);
   Call call = begin_call(x_TI, packed, quanta * 4, outputs, bias_O, residual_TO, join);
+  if (call.rows == 0) return call.out;
   TORCH_CHECK(scales_O.numel() == packed.size(0) * kLanes && sums_O.numel() == scales_O.numel(),
               "scales and sums must be padded as the weights are");
   // vpdpbusd takes unsigned by signed: activations move up by 128, the epilogue takes it off again.
@@ -293,6 +296,7 @@ Tensor linear_int4(const Tensor& x_TI, const Tensor& packed, const Tensor& scale
                    const std::optional<Tensor>& residual_TO, int64_t join) {
   const int64_t inputs = packed.size(1) * 8, count = scales_PG16.size(1);
   Call call = begin_call(x_TI, packed, inputs, outputs, bias_O, residual_TO, join);
+  if (call.rows == 0) return call.out;
   TORCH_CHECK(scales_PG16.is_contiguous() && scales_PG16.size(0) == packed.size(0) &&
                   scales_PG16.size(2) == kLanes && zeros_PG16.sizes() == scales_PG16.sizes() &&
                   zeros_PG16.is_contiguous() && inputs % count == 0 && inputs / count % 16 == 0,

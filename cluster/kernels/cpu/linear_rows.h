@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <memory>
 
 #include "linear_tiles.h"
@@ -11,8 +12,7 @@ namespace sluice::linear {
 
 enum class Join : int64_t { kNone = 0, kSiluMul = 1 };
 
-// x / (1 + e^-x); the reciprocal to 2^-27 by one step of Newton's, as a division takes three times
-// as long.
+// x / (1 + e^-x).
 inline __m512 silu16(__m512 x) {
   const __m512 e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
   return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), e));
@@ -28,11 +28,13 @@ struct QuantizedRows {
 template <typename T>
 void quantize_group(const T* x, int64_t size, int8_t offset, int8_t* codes, float* scale,
                     float* sum) {
-  __m512 most = _mm512_setzero_ps();
-  for (int64_t i = 0; i < size; i += kLanes)
-    most = _mm512_max_ps(most, _mm512_abs_ps(load16(x + i)));
-  const float peak = _mm512_reduce_max_ps(most);
-  const float step = peak > 0 ? peak / 127.0f : 1.0f;
+  // As integers, magnitudes are in the same order, and NaN is above all: it becomes the scale.
+  __m512i most = _mm512_setzero_si512();
+  for (int64_t i = 0; i < size; i += kLanes) {
+    most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(load16(x + i))));
+  }
+  const float peak = std::bit_cast<float>(_mm512_reduce_max_epu32(most));
+  const float step = peak == 0 ? 1.0f : peak / 127.0f;
   const __m512 inverse = _mm512_set1_ps(1.0f / step);
   __m512i total = _mm512_setzero_si512();
   const __m128i shift = _mm_set1_epi8(offset);

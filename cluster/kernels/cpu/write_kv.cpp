@@ -20,17 +20,25 @@ Floats magnitude(const T* x, int64_t count) {
   return max(value, all(0.0f) - value);
 }
 
-// Symmetric: scale = max|x| / 127, code = x / scale to nearest, ties to even. Zeros keep scale 0.
+// Symmetric: scale = max|x| / 127, code = x / scale to nearest, ties to even. Zeros keep scale 0;
+// what is not finite makes the scale NaN, so that it shows.
 template <class T>
 float quantize(const T* x, int64_t dim, int8_t* codes) {
-  Floats highest = all(0.0f);
-  for (int64_t d = 0; d < dim; d += LANES) highest = max(highest, magnitude(x + d, dim - d));
-  const float scale = max_of(highest) / 127.0f;
-  const float divisor = scale > 0 ? scale : 1.0f;
+  Floats highest = all(0.0f), poison = all(0.0f);  // x - x is 0 or NaN
+  for (int64_t d = 0; d < dim; d += LANES) {
+    const Floats value = magnitude(x + d, dim - d);
+    highest = max(highest, value);
+    poison = poison + (value - value);
+  }
+  const float scale = max_of(highest) / 127.0f + sum_of(poison);
+  if (!(scale > 0)) {
+    std::fill_n(codes, dim, int8_t{0});
+    return scale;
+  }
   for (int64_t d = 0; d < dim; d += LANES) {
     const int count = static_cast<int>(std::min<int64_t>(dim - d, LANES));
     float code[LANES];
-    store(code, load_floats(x + d, count) / all(divisor));
+    store(code, load_floats(x + d, count) / all(scale));
     for (int i = 0; i < count; ++i) codes[d + i] = static_cast<int8_t>(std::nearbyint(code[i]));
   }
   return scale;

@@ -15,6 +15,9 @@ from cluster.model.tensor_index import read_tensor_index
 _DEVICES = {"int8": "cpu", "int4": "cpu", "fp8": "cuda"}
 _REFUSED_DTYPES = {"int8": "float16", "int4": "float16", "fp8": "float32"}
 _FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply e4m3
+INPUT_MULTIPLE = 16
+"""Inputs that the quantized products take at a time, on CPUs and GPUs."""
+
 _LAYER_WEIGHT = re.compile(r"(?:layers|h|blocks)\.\d+\..*\.weight$")
 
 
@@ -53,6 +56,14 @@ def check_quantization(info: ModelInfo, model: ModelConfig, parallel: ParallelCo
         )
     if scheme == "int4":
         _check_groups(info, model.quantization_group_size, parallel.tp)
+    _check_inputs(info, parallel.tp, field)
+    if any(".experts." in name for name in read_tensor_index(Path(info.folder))):
+        raise ConfigError(
+            f"{field}: {scheme} is for linears, and model_type={info.model_type!r} keeps most of "
+            "its weights in stacks of experts, which would stay as they are; set "
+            "model.quantization=none",
+            field=field,
+        )
 
 
 def _alternative(device: str) -> str:
@@ -72,6 +83,18 @@ def _check_gpu(field: str) -> None:
             f"needs {_FP8_CAPABILITY}; leave model.quantization at none",
             field=field,
         )
+
+
+def _check_inputs(info: ModelInfo, tp: int, field: str) -> None:
+    """Raise if the products cannot take the inputs of a linear on one rank."""
+    for name, size in {**_input_sizes(info, tp), "the head": info.hidden_size}.items():
+        if size % INPUT_MULTIPLE:
+            raise ConfigError(
+                f"{field}: {name} has {size} inputs per rank of parallel.tp={tp}, quantized "
+                f"products take multiples of {INPUT_MULTIPLE}; use fewer ranks, or "
+                "model.quantization=none",
+                field=field,
+            )
 
 
 def _check_groups(info: ModelInfo, asked: int, tp: int) -> None:
@@ -124,3 +147,25 @@ def is_linear_of_layer(name: str) -> bool:
     Mixtures of experts hold theirs in stacks, which no quantized product takes.
     """
     return bool(_LAYER_WEIGHT.search(name)) and ".experts." not in name
+
+
+def check_kernels(info: ModelInfo, model: ModelConfig) -> None:
+    """Return if this machine multiplies weights quantized as configured.
+
+    It builds the kernels where that was not done yet, and imports torch.
+
+    Raises:
+        ConfigError: The CPU or the compiler is not there for it.
+    """
+    scheme = info.quantization_for(model.quantization)
+    if model.device != "cpu" or scheme == "none":
+        return
+    from cluster.model.native_linear import why_not_native
+
+    if reason := why_not_native():
+        field = "model.path" if info.is_quantized else "model.quantization"
+        raise ConfigError(
+            f"{field}: {scheme} needs the kernels for AVX-512 with BF16 and VNNI, and {reason}; "
+            "set model.quantization=none and give a model that is not quantized",
+            field=field,
+        )

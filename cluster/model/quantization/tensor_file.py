@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "I32": 4, "I64": 8}
+_ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
+}
 _ALIGNMENT = 8  # of the first tensor, as the format's own writer has it
 
 

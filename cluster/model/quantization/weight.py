@@ -196,7 +196,7 @@ def _int4_rows(w_OI: Tensor, group_size: int) -> QuantizedWeight:
     w_OGS = _grouped(w_OI, group_size)
     largest_OG1 = w_OGS.abs().amax(2, keepdim=True)
     least_OG1 = torch.full_like(largest_OG1, torch.inf)
-    scales_OG1 = torch.ones_like(largest_OG1)
+    scales_OG1 = largest_OG1.clone()  # NaN stays where no error is the least
     for clip in INT4_CLIPS:
         scale = _scale(largest_OG1 * clip, _LARGEST_INT4 / 2)
         error = _int4_steps(w_OGS, scale).mul_(scale).sub_(w_OGS).square_().sum(2, keepdim=True)

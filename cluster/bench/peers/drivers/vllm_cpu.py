@@ -18,6 +18,8 @@ BLOCK_TOKENS = 128
 
 def load(arguments: Arguments) -> Generate:
     """Load and compile, with a KV cache that holds the whole batch."""
+    # Left to itself it takes one thread per physical core, however many it was given.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{arguments.threads - 1}"
     blocks = arguments.requests * (-(-arguments.sequence_len // BLOCK_TOKENS) + 1)
     llm = LLM(
         model=str(arguments.model),
