@@ -49,6 +49,8 @@ def test_ctrl_c_ends_a_waiting_command_with_one_line(command: list[str]) -> None
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Run in the background, the tests have Ctrl-C ignored, and a child inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             assert fake.was_asked.wait(60)
