@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from cluster.bench.batching import MODES, MixedRun
-from cluster.errors import ConfigError
+from cluster.bench.canvas import open_pyplot, write_png
 
 
 def batching_report(figures: dict[str, Any]) -> Table:
@@ -47,14 +47,7 @@ def plot_batching(runs: Sequence[MixedRun], tpot_slo_s: float, path: Path, title
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        message = "--plot needs matplotlib: pip install 'sluice[plot]'"
-        raise ConfigError(message, field="plot") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = open_pyplot()
     figure, (shares, over_time) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     figure.suptitle(title)
     for mode in MODES:
@@ -70,9 +63,4 @@ def plot_batching(runs: Sequence[MixedRun], tpot_slo_s: float, path: Path, title
     over_time.set(xlabel="seconds from the start", ylabel="prompt tokens of a step")
     for axes in (shares, over_time):
         axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot {path}: {error}", field="plot") from error
-    finally:
-        pyplot.close(figure)
+    write_png(pyplot, figure, path)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.bench.canvas import open_pyplot, write_png
 from cluster.bench.statistics import LatencyObjective, RequestRecord
-from cluster.errors import ConfigError
 
 
 def plot_run(
@@ -18,14 +18,7 @@ def plot_run(
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        message = "--plot needs matplotlib: pip install 'sluice[plot]'"
-        raise ConfigError(message, field="plot") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = open_pyplot()
     figure, (shares, over_time) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     figure.suptitle(title)
     _plot_shares(shares, "TTFT", [r.ttft_s for r in records if r.is_ok], objective.ttft_s)
@@ -33,12 +26,7 @@ def plot_run(
     shares.set(xlabel="seconds", ylabel="share of answers", xscale="log", ylim=(0, 1.02))
     shares.legend()
     _plot_over_time(over_time, records)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot {path}: {error}", field="plot") from error
-    finally:
-        pyplot.close(figure)
+    write_png(pyplot, figure, path)
 
 
 def _plot_shares(axes: Any, name: str, values: Sequence[float | None], bound_s: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ConfigError
+from cluster.bench.canvas import open_pyplot, write_png
 
 _GAIN, _LOSS, _FIRST, _FAILED = "#2a7f62", "#b5543a", "#7a7a7a", "#cccccc"
 
@@ -16,14 +16,7 @@ def plot_techniques(figures: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        message = "--plot needs matplotlib: pip install 'sluice[plot]'"
-        raise ConfigError(message, field="plot") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = open_pyplot()
     rows = figures["rows"]
     height = 1.6 + 0.42 * len(rows)
     figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
@@ -35,12 +28,7 @@ def plot_techniques(figures: dict[str, Any], path: Path) -> None:
     axes.set_yticklabels([row["title"] for row in rows])
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--plot {path}: {error}", field="plot") from error
-    finally:
-        pyplot.close(figure)
+    write_png(pyplot, figure, path)
 
 
 def _plot_bars(axes: Any, rows: list[dict[str, Any]]) -> None:

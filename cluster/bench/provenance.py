@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from cluster.machine import cpu_name
+
 _VERSIONED = ("sluice", "torch", "ray", "grpcio", "transformers")
 
 
@@ -24,7 +26,7 @@ def provenance() -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,
             "system": platform.platform(),
@@ -57,13 +59,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _cpu_model() -> str:
-    """Return the processor's own name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from cluster.errors import ConfigError
+from cluster.machine import cache_folder
 
 SOURCES = Path(__file__).parent / "cpu"
 BUILD_TIMEOUT_S = 600.0
@@ -122,15 +123,9 @@ def choose_isa(forced: str, features: set[str]) -> tuple[str, str]:
     return forced or there[0], ""
 
 
-def cache_folder() -> Path:
-    """Return where builds are kept: ``$SLUICE_CACHE_DIR/kernels``, else under ``~/.cache``."""
-    root = os.environ.get("SLUICE_CACHE_DIR", "")
-    return (Path(root) if root else Path.home() / ".cache" / "sluice") / "kernels"
-
-
 def _built(name: str) -> Path:
     """Return the shared library for an instruction set, built now if it is not there."""
-    folder = cache_folder() / _key(name)
+    folder = cache_folder("kernels") / _key(name)
     library = folder / "kernels.so"
     if library.exists():
         return library

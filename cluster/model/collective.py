@@ -91,7 +91,6 @@ def init_tensor_parallel(
     master_port: int,
     *,
     master_address: str = "127.0.0.1",
-    device: str = "cpu",
     timeout_s: float = 300.0,
 ) -> Collective:
     """Join the tensor-parallel ranks of one stage and return their collective.
@@ -104,7 +103,6 @@ def init_tensor_parallel(
         tp: Number of ranks; 1 needs no others and returns at once.
         master_port: Free port on rank 0's host, a different one for every stage on it.
         master_address: Of rank 0's host.
-        device: "cpu" or "cuda".
         timeout_s: For all ranks to arrive, seconds.
 
     Raises:
@@ -112,15 +110,42 @@ def init_tensor_parallel(
     """
     if tp == 1:
         return NoCollective()
-    if device == "cpu":
-        check_compiler()
+    check_compiler()
+    comm = init_world(
+        tp_rank, tp, local_rank=tp_rank, host=master_address, port=master_port, timeout_s=timeout_s
+    )
+    logger.info("tensor parallel: rank %d of %d through deepspeed.comm", tp_rank, tp)
+    return DeepSpeedCollective(comm, tp)
+
+
+def init_world(
+    rank: int,
+    size: int,
+    *,
+    local_rank: int,
+    host: str,
+    port: int,
+    device: str = "cpu",
+    timeout_s: float,
+) -> Any:
+    """Make all ranks torch's default process group and return `deepspeed.comm`.
+
+    Args:
+        rank: [0, size).
+        size: Number of ranks, all of which call this.
+        local_rank: Of the device that the rank computes on.
+        host: Where rank 0 runs.
+        port: A free port there.
+        device: "cpu" (gloo and shared memory) or "cuda" (NCCL).
+        timeout_s: For all ranks to arrive, seconds.
+    """
     os.environ.update(
-        RANK=str(tp_rank),
-        LOCAL_RANK=str(tp_rank),
-        WORLD_SIZE=str(tp),
-        LOCAL_SIZE=str(tp),  # without it DeepSpeed ends in a segmentation fault
-        MASTER_ADDR=master_address,
-        MASTER_PORT=str(master_port),
+        RANK=str(rank),
+        LOCAL_RANK=str(local_rank),
+        WORLD_SIZE=str(size),
+        LOCAL_SIZE=str(size),  # without it DeepSpeed ends in a segmentation fault
+        MASTER_ADDR=host,
+        MASTER_PORT=str(port),
         DS_ACCELERATOR=device,
     )
     # ninja comes as a package: its command may lie only beside this interpreter.
@@ -131,21 +156,20 @@ def init_tensor_parallel(
         import deepspeed.comm as comm
 
         comm.init_distributed(
-            dist_backend="gloo" if device == "cpu" else "nccl",
+            dist_backend="nccl" if device == "cuda" else "gloo",
             auto_mpi_discovery=False,
             verbose=False,
             timeout=timedelta(seconds=timeout_s),
-            rank=tp_rank,
-            world_size=tp,
+            rank=rank,
+            world_size=size,
         )
     if device == "cpu":
         comm.barrier()  # every rank has mapped every buffer: their names are needed no more
-        unlink_buffer(tp_rank, master_address, master_port)
-    logger.info("tensor parallel: rank %d of %d through deepspeed.comm", tp_rank, tp)
-    return DeepSpeedCollective(comm, tp)
+        _unlink_buffer(rank, host, port)
+    return comm
 
 
-def unlink_buffer(rank: int, master_address: str, master_port: int) -> None:
+def _unlink_buffer(rank: int, master_address: str, master_port: int) -> None:
     """Remove the name of this rank's shared memory, so that no way to end leaves it behind."""
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{master_address}_{master_port}_{rank}"
     (Path("/dev/shm") / name).unlink(missing_ok=True)

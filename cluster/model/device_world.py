@@ -8,17 +8,13 @@ until the timeout: whoever started them has to end them.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import sys
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cluster.model.collective import Collective, NoCollective, unlink_buffer
+from cluster.model.collective import Collective, NoCollective, init_world
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +87,15 @@ class DeviceWorld:
         device: str = "cuda",
         timeout_s: float = 300.0,
     ) -> None:
-        comm = _init_comm(index, tp * pp, host, port, device, timeout_s)
+        comm = init_world(
+            index,
+            tp * pp,
+            local_rank=0,  # Ray shows each worker the one GPU that is its own
+            host=host,
+            port=port,
+            device=device,
+            timeout_s=timeout_s,
+        )
         # Every worker makes every sub-group, in the same order, as torch demands.
         stages = [comm.new_group(list(range(s * tp, (s + 1) * tp))) for s in range(pp)]
         links = [comm.new_group([low, low + tp]) for low in range((pp - 1) * tp)]
@@ -101,32 +105,3 @@ class DeviceWorld:
         self.previous = Link(comm, links[index - tp], index - tp) if index >= tp else None
         self.next = Link(comm, links[index], index + tp) if index < len(links) else None
         logger.info("worker %d of %d joined through deepspeed.comm on %s", index, tp * pp, device)
-
-
-def _init_comm(
-    index: int, world_size: int, host: str, port: int, device: str, timeout_s: float
-) -> Any:
-    os.environ.update(
-        RANK=str(index),
-        LOCAL_RANK="0",  # Ray shows each worker the one GPU that is its own
-        WORLD_SIZE=str(world_size),
-        LOCAL_SIZE=str(world_size),
-        MASTER_ADDR=host,
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR=device,
-    )
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs, ours is the standard output
-        import deepspeed.comm as comm
-
-        comm.init_distributed(
-            dist_backend="nccl" if device == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(seconds=timeout_s),
-            rank=index,
-            world_size=world_size,
-        )
-    if device == "cpu":
-        comm.barrier()  # every rank has mapped every buffer: their names are needed no more
-        unlink_buffer(index, host, port)
-    return comm

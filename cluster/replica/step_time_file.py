@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig
+from cluster.machine import cache_folder, cpu_name
 from cluster.replica.placement import threads_per_worker
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def identity_of(config: ClusterConfig, *, fingerprint: bytes) -> dict[str, Any]:
         "threads": num_threads,
         "device": config.model.device,
         "kernels": os.environ.get("SLUICE_KERNELS", ""),
-        "machine": _gpu_name() if config.model.device == "cuda" else _cpu_name(),
+        "machine": _gpu_name() if config.model.device == "cuda" else cpu_name(),
     }
 
 
@@ -70,7 +70,7 @@ class StepTimeFile:
         self._identity = identity
         text = json.dumps(identity, sort_keys=True).encode()
         name = hashlib.blake2b(text, digest_size=16).hexdigest()
-        self.path = (folder or _cache_folder()) / f"{name}.json"
+        self.path = (folder or cache_folder("step_time")) / f"{name}.json"
 
     def load(self) -> StepTimes:
         """Return what was saved last, nothing where there is nothing of use."""
@@ -117,20 +117,6 @@ def _checked(content: Any, identity: dict[str, Any]) -> StepTimes:
         if not is_known or row[4] < _MIN_STEP_S:
             raise ValueError(f"a step of {row}")
     return steps
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("SLUICE_CACHE_DIR")
-    return (Path(root) if root else Path.home() / ".cache" / "sluice") / "step_time"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _gpu_name() -> str:

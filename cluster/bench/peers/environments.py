@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from cluster.bench.peers.peers import Command, Peer, export_command
 from cluster.bench.peers.processes import RunFailedError, last_object, run_command
+from cluster.machine import cache_folder
 
 MARKER = "installed.json"
 SETUP_TIMEOUT_S = 3600.0
@@ -34,8 +34,7 @@ print(json.dumps({p.name.replace("_", "-"): p.version for p in packages}))
 
 def default_cache() -> Path:
     """Return $SLUICE_CACHE_DIR/peers, or ~/.cache/sluice/peers."""
-    root = os.environ.get("SLUICE_CACHE_DIR")
-    return (Path(root) if root else Path.home() / ".cache/sluice") / "peers"
+    return cache_folder("peers")
 
 
 @dataclass(frozen=True, slots=True)
