@@ -68,6 +68,12 @@ class CacheConfig(_Section):
         "auto",
         description="of keys and values; int8 has a scale per token and head: half the bytes",
     )
+    host_memory_bytes: int = Field(
+        128 * 2**20,
+        ge=0,
+        description="host tier of one worker, bytes: blocks that left the KV cache, and those on "
+        "their way to and from the store; 0: neither host tier nor blocks in the store",
+    )
 
 
 class LatencyConfig(_Section):
@@ -161,6 +167,12 @@ class ReplicaConfig(_Section):
     drain_timeout_s: float = Field(
         30.0, ge=0, description="running streams may finish in this time"
     )
+    warm_up_timeout_s: float = Field(
+        5.0,
+        ge=0,
+        description="a new group loads the hottest blocks of the store for so long before it "
+        "takes requests; 0: not at all",
+    )
 
 
 class GatewayConfig(_Section):
@@ -184,6 +196,11 @@ class GatewayConfig(_Section):
     max_stop_string_bytes: int = Field(256, ge=1, description="of each, UTF-8")
     max_logprobs: int = Field(20, ge=0, description="likeliest tokens reported per position")
     drain_timeout_s: float = Field(30.0, ge=0, description="streams may finish in this time")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Prometheus metrics over HTTP on this port; 0: none"
+    )
+    max_prefixes: int = Field(256, ge=0, description="registered prefixes, of all tenants together")
+    max_prefix_tokens: int = Field(32768, ge=1, description="of one registered prefix")
     ray_resource: str = Field(
         "", description="gateways run on Ray nodes that have this custom resource; empty: anywhere"
     )
@@ -193,6 +210,22 @@ class GatewayConfig(_Section):
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key go together: set both or neither")
         return self
+
+
+class AuthConfig(_Section):
+    """Who may call. Without a tenants file anybody may, and all are one tenant."""
+
+    tenants_file: str = Field(
+        "", description="YAML file of tenants, their keys and groups; empty: no authentication"
+    )
+    jwt_key_file: str = Field(
+        "", description="PEM public key or shared secret that bearer tokens are signed with"
+    )
+    jwt_algorithm: Literal["RS256", "ES256", "EdDSA", "HS256"] = Field(
+        "RS256", description="the only one accepted"
+    )
+    jwt_audience: str = Field("", description="that a token must name; empty: none is asked for")
+    jwt_tenant_claim: str = Field("sub", description="claim that names the tenant")
 
 
 class RouterConfig(_Section):
@@ -217,10 +250,32 @@ class StoreConfig(_Section):
     namespace: str = Field(
         "sluice", pattern=r"^[a-zA-Z0-9_.-]{1,64}$", description="prefix of keys"
     )
+    kv_url: str = Field(
+        "",
+        description="of KV blocks, where they have a store of their own, in the forms of url; "
+        "empty: the same store; 'off': no blocks are stored",
+    )
     timeout_s: float = Field(0.5, gt=0, description="deadline of one call")
+    max_inflight_calls: int = Field(
+        64, ge=1, description="calls of one process on their way; more fail at once"
+    )
     max_bytes: int = Field(512 * 2**20, ge=2**20, description="budget for KV blocks, bytes")
     journal_ttl_s: float = Field(600.0, gt=0, description="journals are kept this long")
-    kv_ttl_s: float = Field(3600.0, gt=0, description="KV blocks are kept this long after a write")
+    kv_ttl_s: float = Field(3600.0, gt=0, description="KV blocks are kept this long after a use")
+    kv_write_after_uses: int = Field(
+        2,
+        ge=1,
+        description="a block is written at its so manieth use, so that unique prompts are not; "
+        "blocks of registered prefixes always are",
+    )
+    kv_chunk_bytes: int = Field(
+        4 * 2**20, ge=2**16, description="of blocks that travel in one call, bytes"
+    )
+    kv_inflight_bytes: int = Field(
+        64 * 2**20,
+        ge=2**20,
+        description="of blocks of one worker on their way to the store, bytes; more are dropped",
+    )
 
     @property
     def resolved_url(self) -> str:
@@ -229,15 +284,25 @@ class StoreConfig(_Section):
         Raises:
             ConfigError: The environment variable that `url` names is not set.
         """
-        if not self.url.startswith("env:"):
-            return self.url
-        name = self.url.removeprefix("env:")
-        if not os.environ.get(name):
-            raise ConfigError(
-                f"store.url={self.url}: the environment variable {name} is not set",
-                field="store.url",
-            )
-        return os.environ[name]
+        return _resolve(self.url, "store.url")
+
+    @property
+    def resolved_kv_url(self) -> str:
+        """Where KV blocks go, 'off' if nowhere; it may hold a password: never to be logged.
+
+        Raises:
+            ConfigError: The environment variable that `kv_url` names is not set.
+        """
+        return _resolve(self.kv_url, "store.kv_url") if self.kv_url else self.resolved_url
+
+
+def _resolve(url: str, field: str) -> str:
+    if not url.startswith("env:"):
+        return url
+    name = url.removeprefix("env:")
+    if not os.environ.get(name):
+        raise ConfigError(f"{field}={url}: the environment variable {name} is not set", field=field)
+    return os.environ[name]
 
 
 class ClusterConfig(_Section):
@@ -249,6 +314,7 @@ class ClusterConfig(_Section):
     parallel: ParallelConfig = ParallelConfig()
     replica: ReplicaConfig = ReplicaConfig()
     gateway: GatewayConfig = GatewayConfig()
+    auth: AuthConfig = AuthConfig()
     router: RouterConfig = RouterConfig()
     store: StoreConfig = StoreConfig()
 

@@ -4,6 +4,9 @@
     ├── InvalidArgumentError    INVALID_ARGUMENT    the request (or the configuration) is wrong
     │   └── ConfigError                             ... a knob, a path, a layout
     ├── NotFoundError           NOT_FOUND           unknown model, request or prefix
+    ├── AlreadyExistsError      ALREADY_EXISTS      a name that is taken by something else
+    ├── UnauthenticatedError    UNAUTHENTICATED     no credentials, or none that are known
+    ├── PermissionDeniedError   PERMISSION_DENIED   known, but not allowed to
     ├── OverloadedError         RESOURCE_EXHAUSTED  a bounded queue is full: come back later
     ├── DeadlineError           DEADLINE_EXCEEDED   the caller's time is over
     ├── CancelledError          CANCELLED           the caller went away
@@ -46,6 +49,24 @@ class NotFoundError(SluiceError):
     """What the request names does not exist."""
 
     code = "NOT_FOUND"
+
+
+class AlreadyExistsError(SluiceError):
+    """The name that the caller chose is taken by something else."""
+
+    code = "ALREADY_EXISTS"
+
+
+class UnauthenticatedError(SluiceError):
+    """The call carries no credentials, or none that this cluster knows."""
+
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(SluiceError):
+    """The caller is known and may not do this."""
+
+    code = "PERMISSION_DENIED"
 
 
 class OverloadedError(SluiceError):

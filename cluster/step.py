@@ -6,6 +6,10 @@ preempted, resumed or migrated sequence needs no word to them.
     tokens of a sequence   |<-- num_computed -->|<-- token_ids -->|
     blocks                 |  b0  |  b1  |  b2  |  b3  |            block_table = [b0, b1, b2, b3]
 
+Before it computes, a worker moves blocks between its KV cache and its host tier, offloads first:
+
+    block of the KV cache ──offload──► slot of the host tier ──restore──► block of the KV cache
+
 Between processes a plan travels as msgpack: data, never code.
 """
 
@@ -53,11 +57,23 @@ class SequenceStep:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockMoves:
+    """Blocks copied between KV cache and host tier: all offloads, then all restores."""
+
+    offloads: tuple[tuple[int, int], ...] = ()  # (block, slot): the slot gets the block's bytes
+    restores: tuple[tuple[int, int], ...] = ()  # (slot, block): the block gets the slot's bytes
+
+    def __bool__(self) -> bool:
+        return bool(self.offloads or self.restores)
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass over the tokens of several sequences."""
+    """One forward pass over the tokens of several sequences; without any it only moves blocks."""
 
     step_id: int
     sequences: tuple[SequenceStep, ...]
+    moves: BlockMoves = BlockMoves()  # before the sequences
 
     @property
     def num_tokens(self) -> int:
@@ -70,12 +86,13 @@ class StepPlan:
             (s.seq_id, s.token_ids, s.num_computed_tokens, s.block_table, _sample_row(s.sample))
             for s in self.sequences
         ]
-        return bytes(msgpack.packb((self.step_id, rows)))
+        moves = (self.moves.offloads, self.moves.restores)
+        return bytes(msgpack.packb((self.step_id, rows, moves)))
 
     @staticmethod
     def decode(data: bytes) -> StepPlan:
         """Return the plan that `encode` wrote."""
-        step_id, rows = msgpack.unpackb(data, use_list=False)
+        step_id, rows, moves = msgpack.unpackb(data, use_list=False)
         return StepPlan(
             step_id,
             tuple(
@@ -84,6 +101,7 @@ class StepPlan:
                 )
                 for row in rows
             ),
+            BlockMoves(*moves),
         )
 
 

@@ -67,6 +67,7 @@ class EngineRequest:
     salt: bytes = b""  # of the tenant, from the authenticated identity: isolates cached blocks
     deadline_s: float | None = None  # seconds left when the engine receives it; None is no bound
     slo: SLO = SLO()  # what its latency should be
+    pins_prefix: bool = False  # its prompt is a registered prefix: stored at once, and kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,36 @@ class StepCost:
         )
 
 
+class StoreState(StrEnum):
+    """How the store of KV blocks does, as one replica sees it."""
+
+    EXACT = "exact"  # reads and writes are answered in time
+    DEGRADED = "degraded"  # writes fail, or it is being tried whether reads work again
+    OFF = "off"  # nothing is read, or there is none
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLoad:
+    """The tiers of one replica's KV cache; counters are since start."""
+
+    store_state: StoreState = StoreState.OFF
+    num_host_slots: int = 0
+    num_host_blocks: int = 0  # slots in use
+    num_host_hit_tokens: int = 0  # prompt tokens that came from the host tier
+    num_store_hit_tokens: int = 0  # likewise from the store
+    num_device_evictions: int = 0  # blocks
+    num_host_evictions: int = 0  # blocks
+    num_stored_blocks: int = 0  # written to the store
+    num_fetched_blocks: int = 0  # read from it
+    stored_bytes: int = 0
+    fetched_bytes: int = 0
+    num_rejected: int = 0  # writes dropped because too many were on their way
+    num_late: int = 0  # requests that went on without what they had waited for
+    num_failed: int = 0  # operations that the store did not answer well
+    num_corrupt: int = 0  # blocks that did not verify
+    saved_s: float = 0.0  # prefill that hits in host tier and store made needless, predicted
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """What a leader pushes about itself, many times a second."""
@@ -193,6 +224,7 @@ class ReplicaLoad:
     num_generated_tokens: int = 0  # since start
     is_draining: bool = False  # takes no new requests
     step_cost: StepCost | None = None  # None until a step was measured
+    cache: CacheLoad = CacheLoad()
 
 
 @dataclass(frozen=True, slots=True)

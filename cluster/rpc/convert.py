@@ -6,9 +6,12 @@ that log probabilities travel as 32-bit floats.
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from cluster.rpc.sluice.internal.v1 import engine_pb2
 from cluster.types import (
     SLO,
+    CacheLoad,
     EngineOutput,
     EngineRequest,
     FinishReason,
@@ -16,6 +19,7 @@ from cluster.types import (
     SampledToken,
     SamplingParams,
     StepCost,
+    StoreState,
     TokenLogprob,
 )
 
@@ -25,6 +29,12 @@ _END_OF_REASON = {
     FinishReason.CANCELLED: engine_pb2.END_CANCELLED,
 }
 _REASON_OF_END = {int(end): reason for reason, end in _END_OF_REASON.items()}
+_STORE_STATES = {
+    StoreState.EXACT: engine_pb2.STORE_STATE_EXACT,
+    StoreState.DEGRADED: engine_pb2.STORE_STATE_DEGRADED,
+    StoreState.OFF: engine_pb2.STORE_STATE_OFF,
+}
+_STATE_OF_STORE = {int(value): state for state, value in _STORE_STATES.items()}
 _MIN_DEADLINE_S = 1e-6  # what is over travels as this, because 0 means no bound
 
 
@@ -55,6 +65,7 @@ def submit_to_proto(request: EngineRequest) -> engine_pb2.Submit:
         ),
         ttft_slo_s=request.slo.ttft_s,
         tpot_slo_s=request.slo.tpot_s,
+        pins_prefix=request.pins_prefix,
     )
 
 
@@ -85,6 +96,7 @@ def submit_from_proto(submit: engine_pb2.Submit) -> EngineRequest:
             submit.ttft_slo_s if submit.HasField("ttft_slo_s") else None,
             submit.tpot_slo_s if submit.HasField("tpot_slo_s") else None,
         ),
+        pins_prefix=submit.pins_prefix,
     )
 
 
@@ -161,6 +173,7 @@ def load_to_proto(load: ReplicaLoad) -> engine_pb2.Load:
         num_generated_tokens=load.num_generated_tokens,
         is_draining=load.is_draining,
         step_cost=None if load.step_cost is None else _cost_to_proto(load.step_cost),
+        cache=_cache_to_proto(load.cache),
     )
 
 
@@ -177,7 +190,19 @@ def load_from_proto(load: engine_pb2.Load) -> ReplicaLoad:
         num_generated_tokens=load.num_generated_tokens,
         is_draining=load.is_draining,
         step_cost=_cost_from_proto(load.step_cost) if load.HasField("step_cost") else None,
+        cache=_cache_from_proto(load.cache) if load.HasField("cache") else CacheLoad(),
     )
+
+
+def _cache_to_proto(cache: CacheLoad) -> engine_pb2.CacheLoad:
+    values = {field.name: getattr(cache, field.name) for field in fields(cache)}
+    return engine_pb2.CacheLoad(**values | {"store_state": _STORE_STATES[cache.store_state]})
+
+
+def _cache_from_proto(message: engine_pb2.CacheLoad) -> CacheLoad:
+    values = {field.name: getattr(message, field.name) for field in fields(CacheLoad)}
+    state = _STATE_OF_STORE.get(message.store_state, StoreState.OFF)
+    return CacheLoad(**values | {"store_state": state})
 
 
 def _cost_to_proto(cost: StepCost) -> engine_pb2.StepCost:

@@ -26,6 +26,13 @@ class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REPLICA_STATE_CONNECTING: _ClassVar[ReplicaState]
     REPLICA_STATE_READY: _ClassVar[ReplicaState]
     REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
+
+class StoreState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STORE_STATE_UNSPECIFIED: _ClassVar[StoreState]
+    STORE_STATE_EXACT: _ClassVar[StoreState]
+    STORE_STATE_DEGRADED: _ClassVar[StoreState]
+    STORE_STATE_OFF: _ClassVar[StoreState]
 SERVICE_CLASS_UNSPECIFIED: ServiceClass
 SERVICE_CLASS_INTERACTIVE: ServiceClass
 SERVICE_CLASS_STANDARD: ServiceClass
@@ -37,6 +44,10 @@ REPLICA_STATE_UNSPECIFIED: ReplicaState
 REPLICA_STATE_CONNECTING: ReplicaState
 REPLICA_STATE_READY: ReplicaState
 REPLICA_STATE_DRAINING: ReplicaState
+STORE_STATE_UNSPECIFIED: StoreState
+STORE_STATE_EXACT: StoreState
+STORE_STATE_DEGRADED: StoreState
+STORE_STATE_OFF: StoreState
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -85,7 +96,7 @@ class LatencyObjective(_message.Message):
     def __init__(self, ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "sampling", "service_class", "latency")
+    __slots__ = ("request_id", "model", "text", "token_ids", "sampling", "service_class", "latency", "prefix")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +104,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SERVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
     LATENCY_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -100,7 +112,8 @@ class GenerateRequest(_message.Message):
     sampling: SamplingParams
     service_class: ServiceClass
     latency: LatencyObjective
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., service_class: _Optional[_Union[ServiceClass, str]] = ..., latency: _Optional[_Union[LatencyObjective, _Mapping]] = ...) -> None: ...
+    prefix: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., service_class: _Optional[_Union[ServiceClass, str]] = ..., latency: _Optional[_Union[LatencyObjective, _Mapping]] = ..., prefix: _Optional[str] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
     __slots__ = ("request",)
@@ -252,8 +265,44 @@ class ClusterStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class CacheTiers(_message.Message):
+    __slots__ = ("store_state", "num_host_slots", "num_host_blocks", "num_host_hit_tokens", "num_store_hit_tokens", "num_device_evictions", "num_host_evictions", "num_stored_blocks", "num_fetched_blocks", "stored_bytes", "fetched_bytes", "num_rejected", "num_late", "num_failed", "num_corrupt", "saved_s")
+    STORE_STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEVICE_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FETCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_REJECTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_LATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
+    NUM_CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    SAVED_S_FIELD_NUMBER: _ClassVar[int]
+    store_state: StoreState
+    num_host_slots: int
+    num_host_blocks: int
+    num_host_hit_tokens: int
+    num_store_hit_tokens: int
+    num_device_evictions: int
+    num_host_evictions: int
+    num_stored_blocks: int
+    num_fetched_blocks: int
+    stored_bytes: int
+    fetched_bytes: int
+    num_rejected: int
+    num_late: int
+    num_failed: int
+    num_corrupt: int
+    saved_s: float
+    def __init__(self, store_state: _Optional[_Union[StoreState, str]] = ..., num_host_slots: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., num_host_hit_tokens: _Optional[int] = ..., num_store_hit_tokens: _Optional[int] = ..., num_device_evictions: _Optional[int] = ..., num_host_evictions: _Optional[int] = ..., num_stored_blocks: _Optional[int] = ..., num_fetched_blocks: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., num_rejected: _Optional[int] = ..., num_late: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_corrupt: _Optional[int] = ..., saved_s: _Optional[float] = ...) -> None: ...
+
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "state", "model", "tp", "pp", "num_blocks", "num_free_blocks", "num_running", "num_waiting", "num_prefix_query_tokens", "num_prefix_hit_tokens", "num_generated_tokens", "num_indexed_blocks", "leader_pid", "address")
+    __slots__ = ("replica_id", "state", "model", "tp", "pp", "num_blocks", "num_free_blocks", "num_running", "num_waiting", "num_prefix_query_tokens", "num_prefix_hit_tokens", "num_generated_tokens", "num_indexed_blocks", "leader_pid", "address", "cache")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +318,7 @@ class ReplicaStatus(_message.Message):
     NUM_INDEXED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LEADER_PID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     state: ReplicaState
     model: str
@@ -284,7 +334,8 @@ class ReplicaStatus(_message.Message):
     num_indexed_blocks: int
     leader_pid: int
     address: str
-    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., model: _Optional[str] = ..., tp: _Optional[int] = ..., pp: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_prefix_query_tokens: _Optional[int] = ..., num_prefix_hit_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_indexed_blocks: _Optional[int] = ..., leader_pid: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
+    cache: CacheTiers
+    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., model: _Optional[str] = ..., tp: _Optional[int] = ..., pp: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_prefix_query_tokens: _Optional[int] = ..., num_prefix_hit_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_indexed_blocks: _Optional[int] = ..., leader_pid: _Optional[int] = ..., address: _Optional[str] = ..., cache: _Optional[_Union[CacheTiers, _Mapping]] = ...) -> None: ...
 
 class ClusterStatusResponse(_message.Message):
     __slots__ = ("replicas", "num_queued", "num_inflight", "gateway_id")

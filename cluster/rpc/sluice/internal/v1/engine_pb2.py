@@ -24,45 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsluice/internal/v1/engine.proto\x12\x12sluice.internal.v1\"\x95\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x14\n\x0cnum_logprobs\x18\r \x01(\x11\"\xd8\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.sluice.internal.v1.Sampling\x12\x0c\n\x04salt\x18\x04 \x01(\x0c\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\x12\x17\n\nttft_slo_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\ntpot_slo_s\x18\x07 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0b_ttft_slo_sB\r\n\x0b_tpot_slo_s\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"w\n\x0eSessionRequest\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.sluice.internal.v1.SubmitH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.sluice.internal.v1.CancelH\x00\x42\t\n\x07\x63ommand\".\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\":\n\nCandidates\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.sluice.internal.v1.Candidate\"\xd0\x01\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12+\n\x03top\x18\x04 \x03(\x0b\x32\x1e.sluice.internal.v1.Candidates\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\x12$\n\x03\x65nd\x18\x06 \x01(\x0e\x32\x17.sluice.internal.v1.End\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x10\n\x08queued_s\x18\x08 \x01(\x01\">\n\x0fSessionResponse\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.sluice.internal.v1.Output\"\x0e\n\x0cWatchRequest\"(\n\x05Hinge\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x0f\n\x07token_s\x18\x02 \x01(\x01\"\xa8\x01\n\x08StepCost\x12\x0f\n\x07\x66loor_s\x18\x01 \x01(\x01\x12\x0f\n\x07token_s\x18\x02 \x01(\x01\x12)\n\x06hinges\x18\x03 \x03(\x0b\x32\x19.sluice.internal.v1.Hinge\x12\x12\n\nsequence_s\x18\x04 \x01(\x01\x12\x11\n\tcontext_s\x18\x05 \x01(\x01\x12\x15\n\rprompt_work_s\x18\x06 \x01(\x01\x12\x11\n\tnum_steps\x18\x07 \x01(\x04\"\xa4\x02\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12!\n\x19num_queued_prefill_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x1f\n\x17num_prefix_query_tokens\x18\x06 \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x07 \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\x08 \x01(\x04\x12\x13\n\x0bis_draining\x18\t \x01(\x08\x12/\n\tstep_cost\x18\n \x01(\x0b\x32\x1c.sluice.internal.v1.StepCost\"y\n\rWatchResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x13\n\x0bis_snapshot\x18\x02 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x03(\x06\x12\x0f\n\x07removed\x18\x04 \x03(\x06\x12&\n\x04load\x18\x05 \x01(\x0b\x32\x18.sluice.internal.v1.Load\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse*Z\n\x03\x45nd\x12\x13\n\x0f\x45ND_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x45ND_STOP\x10\x01\x12\x0e\n\nEND_LENGTH\x10\x02\x12\x11\n\rEND_CANCELLED\x10\x03\x12\r\n\tEND_ERROR\x10\x04\x32\xfe\x01\n\x06\x45ngine\x12V\n\x07Session\x12\".sluice.internal.v1.SessionRequest\x1a#.sluice.internal.v1.SessionResponse(\x01\x30\x01\x12N\n\x05Watch\x12 .sluice.internal.v1.WatchRequest\x1a!.sluice.internal.v1.WatchResponse0\x01\x12L\n\x05\x44rain\x12 .sluice.internal.v1.DrainRequest\x1a!.sluice.internal.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsluice/internal/v1/engine.proto\x12\x12sluice.internal.v1\"\x95\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x01\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x14\n\x0cnum_logprobs\x18\r \x01(\x11\"\xed\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.sluice.internal.v1.Sampling\x12\x0c\n\x04salt\x18\x04 \x01(\x0c\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\x12\x17\n\nttft_slo_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\ntpot_slo_s\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0bpins_prefix\x18\x08 \x01(\x08\x42\r\n\x0b_ttft_slo_sB\r\n\x0b_tpot_slo_s\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"w\n\x0eSessionRequest\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.sluice.internal.v1.SubmitH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.sluice.internal.v1.CancelH\x00\x42\t\n\x07\x63ommand\".\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\":\n\nCandidates\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.sluice.internal.v1.Candidate\"\xd0\x01\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12+\n\x03top\x18\x04 \x03(\x0b\x32\x1e.sluice.internal.v1.Candidates\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\r\x12$\n\x03\x65nd\x18\x06 \x01(\x0e\x32\x17.sluice.internal.v1.End\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x10\n\x08queued_s\x18\x08 \x01(\x01\">\n\x0fSessionResponse\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.sluice.internal.v1.Output\"\x0e\n\x0cWatchRequest\"(\n\x05Hinge\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x0f\n\x07token_s\x18\x02 \x01(\x01\"\xa8\x01\n\x08StepCost\x12\x0f\n\x07\x66loor_s\x18\x01 \x01(\x01\x12\x0f\n\x07token_s\x18\x02 \x01(\x01\x12)\n\x06hinges\x18\x03 \x03(\x0b\x32\x19.sluice.internal.v1.Hinge\x12\x12\n\nsequence_s\x18\x04 \x01(\x01\x12\x11\n\tcontext_s\x18\x05 \x01(\x01\x12\x15\n\rprompt_work_s\x18\x06 \x01(\x01\x12\x11\n\tnum_steps\x18\x07 \x01(\x04\"\xac\x03\n\tCacheLoad\x12\x33\n\x0bstore_state\x18\x01 \x01(\x0e\x32\x1e.sluice.internal.v1.StoreState\x12\x16\n\x0enum_host_slots\x18\x02 \x01(\r\x12\x17\n\x0fnum_host_blocks\x18\x03 \x01(\r\x12\x1b\n\x13num_host_hit_tokens\x18\x04 \x01(\x04\x12\x1c\n\x14num_store_hit_tokens\x18\x05 \x01(\x04\x12\x1c\n\x14num_device_evictions\x18\x06 \x01(\x04\x12\x1a\n\x12num_host_evictions\x18\x07 \x01(\x04\x12\x19\n\x11num_stored_blocks\x18\x08 \x01(\x04\x12\x1a\n\x12num_fetched_blocks\x18\t \x01(\x04\x12\x14\n\x0cstored_bytes\x18\n \x01(\x04\x12\x15\n\rfetched_bytes\x18\x0b \x01(\x04\x12\x14\n\x0cnum_rejected\x18\x0c \x01(\x04\x12\x10\n\x08num_late\x18\r \x01(\x04\x12\x12\n\nnum_failed\x18\x0e \x01(\x04\x12\x13\n\x0bnum_corrupt\x18\x0f \x01(\x04\x12\x0f\n\x07saved_s\x18\x10 \x01(\x01\"\xd2\x02\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12!\n\x19num_queued_prefill_tokens\x18\x03 \x01(\x04\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x1f\n\x17num_prefix_query_tokens\x18\x06 \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x07 \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\x08 \x01(\x04\x12\x13\n\x0bis_draining\x18\t \x01(\x08\x12/\n\tstep_cost\x18\n \x01(\x0b\x32\x1c.sluice.internal.v1.StepCost\x12,\n\x05\x63\x61\x63he\x18\x0b \x01(\x0b\x32\x1d.sluice.internal.v1.CacheLoad\"y\n\rWatchResponse\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x13\n\x0bis_snapshot\x18\x02 \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x03 \x03(\x06\x12\x0f\n\x07removed\x18\x04 \x03(\x06\x12&\n\x04load\x18\x05 \x01(\x0b\x32\x18.sluice.internal.v1.Load\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x13\n\x11\x46lushCacheRequest\"(\n\x12\x46lushCacheResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\x04*Z\n\x03\x45nd\x12\x13\n\x0f\x45ND_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x45ND_STOP\x10\x01\x12\x0e\n\nEND_LENGTH\x10\x02\x12\x11\n\rEND_CANCELLED\x10\x03\x12\r\n\tEND_ERROR\x10\x04*o\n\nStoreState\x12\x1b\n\x17STORE_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11STORE_STATE_EXACT\x10\x01\x12\x18\n\x14STORE_STATE_DEGRADED\x10\x02\x12\x13\n\x0fSTORE_STATE_OFF\x10\x03\x32\xdb\x02\n\x06\x45ngine\x12V\n\x07Session\x12\".sluice.internal.v1.SessionRequest\x1a#.sluice.internal.v1.SessionResponse(\x01\x30\x01\x12N\n\x05Watch\x12 .sluice.internal.v1.WatchRequest\x1a!.sluice.internal.v1.WatchResponse0\x01\x12L\n\x05\x44rain\x12 .sluice.internal.v1.DrainRequest\x1a!.sluice.internal.v1.DrainResponse\x12[\n\nFlushCache\x12%.sluice.internal.v1.FlushCacheRequest\x1a&.sluice.internal.v1.FlushCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sluice.internal.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_END']._serialized_start=1768
-  _globals['_END']._serialized_end=1858
+  _globals['_END']._serialized_start=2329
+  _globals['_END']._serialized_end=2419
+  _globals['_STORESTATE']._serialized_start=2421
+  _globals['_STORESTATE']._serialized_end=2532
   _globals['_SAMPLING']._serialized_start=56
   _globals['_SAMPLING']._serialized_end=333
   _globals['_SUBMIT']._serialized_start=336
-  _globals['_SUBMIT']._serialized_end=552
-  _globals['_CANCEL']._serialized_start=554
-  _globals['_CANCEL']._serialized_end=582
-  _globals['_SESSIONREQUEST']._serialized_start=584
-  _globals['_SESSIONREQUEST']._serialized_end=703
-  _globals['_CANDIDATE']._serialized_start=705
-  _globals['_CANDIDATE']._serialized_end=751
-  _globals['_CANDIDATES']._serialized_start=753
-  _globals['_CANDIDATES']._serialized_end=811
-  _globals['_OUTPUT']._serialized_start=814
-  _globals['_OUTPUT']._serialized_end=1022
-  _globals['_SESSIONRESPONSE']._serialized_start=1024
-  _globals['_SESSIONRESPONSE']._serialized_end=1086
-  _globals['_WATCHREQUEST']._serialized_start=1088
-  _globals['_WATCHREQUEST']._serialized_end=1102
-  _globals['_HINGE']._serialized_start=1104
-  _globals['_HINGE']._serialized_end=1144
-  _globals['_STEPCOST']._serialized_start=1147
-  _globals['_STEPCOST']._serialized_end=1315
-  _globals['_LOAD']._serialized_start=1318
-  _globals['_LOAD']._serialized_end=1610
-  _globals['_WATCHRESPONSE']._serialized_start=1612
-  _globals['_WATCHRESPONSE']._serialized_end=1733
-  _globals['_DRAINREQUEST']._serialized_start=1735
-  _globals['_DRAINREQUEST']._serialized_end=1749
-  _globals['_DRAINRESPONSE']._serialized_start=1751
-  _globals['_DRAINRESPONSE']._serialized_end=1766
-  _globals['_ENGINE']._serialized_start=1861
-  _globals['_ENGINE']._serialized_end=2115
+  _globals['_SUBMIT']._serialized_end=573
+  _globals['_CANCEL']._serialized_start=575
+  _globals['_CANCEL']._serialized_end=603
+  _globals['_SESSIONREQUEST']._serialized_start=605
+  _globals['_SESSIONREQUEST']._serialized_end=724
+  _globals['_CANDIDATE']._serialized_start=726
+  _globals['_CANDIDATE']._serialized_end=772
+  _globals['_CANDIDATES']._serialized_start=774
+  _globals['_CANDIDATES']._serialized_end=832
+  _globals['_OUTPUT']._serialized_start=835
+  _globals['_OUTPUT']._serialized_end=1043
+  _globals['_SESSIONRESPONSE']._serialized_start=1045
+  _globals['_SESSIONRESPONSE']._serialized_end=1107
+  _globals['_WATCHREQUEST']._serialized_start=1109
+  _globals['_WATCHREQUEST']._serialized_end=1123
+  _globals['_HINGE']._serialized_start=1125
+  _globals['_HINGE']._serialized_end=1165
+  _globals['_STEPCOST']._serialized_start=1168
+  _globals['_STEPCOST']._serialized_end=1336
+  _globals['_CACHELOAD']._serialized_start=1339
+  _globals['_CACHELOAD']._serialized_end=1767
+  _globals['_LOAD']._serialized_start=1770
+  _globals['_LOAD']._serialized_end=2108
+  _globals['_WATCHRESPONSE']._serialized_start=2110
+  _globals['_WATCHRESPONSE']._serialized_end=2231
+  _globals['_DRAINREQUEST']._serialized_start=2233
+  _globals['_DRAINREQUEST']._serialized_end=2247
+  _globals['_DRAINRESPONSE']._serialized_start=2249
+  _globals['_DRAINRESPONSE']._serialized_end=2264
+  _globals['_FLUSHCACHEREQUEST']._serialized_start=2266
+  _globals['_FLUSHCACHEREQUEST']._serialized_end=2285
+  _globals['_FLUSHCACHERESPONSE']._serialized_start=2287
+  _globals['_FLUSHCACHERESPONSE']._serialized_end=2327
+  _globals['_ENGINE']._serialized_start=2535
+  _globals['_ENGINE']._serialized_end=2882
 # @@protoc_insertion_point(module_scope)

@@ -14,11 +14,22 @@ class End(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     END_LENGTH: _ClassVar[End]
     END_CANCELLED: _ClassVar[End]
     END_ERROR: _ClassVar[End]
+
+class StoreState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STORE_STATE_UNSPECIFIED: _ClassVar[StoreState]
+    STORE_STATE_EXACT: _ClassVar[StoreState]
+    STORE_STATE_DEGRADED: _ClassVar[StoreState]
+    STORE_STATE_OFF: _ClassVar[StoreState]
 END_UNSPECIFIED: End
 END_STOP: End
 END_LENGTH: End
 END_CANCELLED: End
 END_ERROR: End
+STORE_STATE_UNSPECIFIED: StoreState
+STORE_STATE_EXACT: StoreState
+STORE_STATE_DEGRADED: StoreState
+STORE_STATE_OFF: StoreState
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "ignore_eos", "num_logprobs")
@@ -51,7 +62,7 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., num_logprobs: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "salt", "deadline_s", "ttft_slo_s", "tpot_slo_s")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "salt", "deadline_s", "ttft_slo_s", "tpot_slo_s", "pins_prefix")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +70,7 @@ class Submit(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_SLO_S_FIELD_NUMBER: _ClassVar[int]
     TPOT_SLO_S_FIELD_NUMBER: _ClassVar[int]
+    PINS_PREFIX_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
@@ -66,7 +78,8 @@ class Submit(_message.Message):
     deadline_s: float
     ttft_slo_s: float
     tpot_slo_s: float
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[bytes] = ..., deadline_s: _Optional[float] = ..., ttft_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ...) -> None: ...
+    pins_prefix: bool
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[bytes] = ..., deadline_s: _Optional[float] = ..., ttft_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ..., pins_prefix: _Optional[bool] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id",)
@@ -152,8 +165,44 @@ class StepCost(_message.Message):
     num_steps: int
     def __init__(self, floor_s: _Optional[float] = ..., token_s: _Optional[float] = ..., hinges: _Optional[_Iterable[_Union[Hinge, _Mapping]]] = ..., sequence_s: _Optional[float] = ..., context_s: _Optional[float] = ..., prompt_work_s: _Optional[float] = ..., num_steps: _Optional[int] = ...) -> None: ...
 
+class CacheLoad(_message.Message):
+    __slots__ = ("store_state", "num_host_slots", "num_host_blocks", "num_host_hit_tokens", "num_store_hit_tokens", "num_device_evictions", "num_host_evictions", "num_stored_blocks", "num_fetched_blocks", "stored_bytes", "fetched_bytes", "num_rejected", "num_late", "num_failed", "num_corrupt", "saved_s")
+    STORE_STATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STORE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEVICE_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FETCHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_REJECTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_LATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
+    NUM_CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    SAVED_S_FIELD_NUMBER: _ClassVar[int]
+    store_state: StoreState
+    num_host_slots: int
+    num_host_blocks: int
+    num_host_hit_tokens: int
+    num_store_hit_tokens: int
+    num_device_evictions: int
+    num_host_evictions: int
+    num_stored_blocks: int
+    num_fetched_blocks: int
+    stored_bytes: int
+    fetched_bytes: int
+    num_rejected: int
+    num_late: int
+    num_failed: int
+    num_corrupt: int
+    saved_s: float
+    def __init__(self, store_state: _Optional[_Union[StoreState, str]] = ..., num_host_slots: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., num_host_hit_tokens: _Optional[int] = ..., num_store_hit_tokens: _Optional[int] = ..., num_device_evictions: _Optional[int] = ..., num_host_evictions: _Optional[int] = ..., num_stored_blocks: _Optional[int] = ..., num_fetched_blocks: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., num_rejected: _Optional[int] = ..., num_late: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_corrupt: _Optional[int] = ..., saved_s: _Optional[float] = ...) -> None: ...
+
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_queued_prefill_tokens", "num_free_blocks", "num_blocks", "num_prefix_query_tokens", "num_prefix_hit_tokens", "num_generated_tokens", "is_draining", "step_cost")
+    __slots__ = ("num_running", "num_waiting", "num_queued_prefill_tokens", "num_free_blocks", "num_blocks", "num_prefix_query_tokens", "num_prefix_hit_tokens", "num_generated_tokens", "is_draining", "step_cost", "cache")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +213,7 @@ class Load(_message.Message):
     NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
     STEP_COST_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_queued_prefill_tokens: int
@@ -174,7 +224,8 @@ class Load(_message.Message):
     num_generated_tokens: int
     is_draining: bool
     step_cost: StepCost
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_queued_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_prefix_query_tokens: _Optional[int] = ..., num_prefix_hit_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., is_draining: _Optional[bool] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ...) -> None: ...
+    cache: CacheLoad
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_queued_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_prefix_query_tokens: _Optional[int] = ..., num_prefix_hit_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., is_draining: _Optional[bool] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., cache: _Optional[_Union[CacheLoad, _Mapping]] = ...) -> None: ...
 
 class WatchResponse(_message.Message):
     __slots__ = ("seq", "is_snapshot", "added", "removed", "load")
@@ -197,3 +248,13 @@ class DrainRequest(_message.Message):
 class DrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class FlushCacheRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class FlushCacheResponse(_message.Message):
+    __slots__ = ("num_blocks",)
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    def __init__(self, num_blocks: _Optional[int] = ...) -> None: ...

@@ -50,6 +50,11 @@ class EngineStub:
                 request_serializer=sluice_dot_internal_dot_v1_dot_engine__pb2.DrainRequest.SerializeToString,
                 response_deserializer=sluice_dot_internal_dot_v1_dot_engine__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.FlushCache = channel.unary_unary(
+                '/sluice.internal.v1.Engine/FlushCache',
+                request_serializer=sluice_dot_internal_dot_v1_dot_engine__pb2.FlushCacheRequest.SerializeToString,
+                response_deserializer=sluice_dot_internal_dot_v1_dot_engine__pb2.FlushCacheResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServicer:
@@ -78,6 +83,13 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FlushCache(self, request, context):
+        """FlushCache forgets every cached block that no request uses.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +107,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=sluice_dot_internal_dot_v1_dot_engine__pb2.DrainRequest.FromString,
                     response_serializer=sluice_dot_internal_dot_v1_dot_engine__pb2.DrainResponse.SerializeToString,
+            ),
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=sluice_dot_internal_dot_v1_dot_engine__pb2.FlushCacheRequest.FromString,
+                    response_serializer=sluice_dot_internal_dot_v1_dot_engine__pb2.FlushCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +196,33 @@ class Engine:
             '/sluice.internal.v1.Engine/Drain',
             sluice_dot_internal_dot_v1_dot_engine__pb2.DrainRequest.SerializeToString,
             sluice_dot_internal_dot_v1_dot_engine__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sluice.internal.v1.Engine/FlushCache',
+            sluice_dot_internal_dot_v1_dot_engine__pb2.FlushCacheRequest.SerializeToString,
+            sluice_dot_internal_dot_v1_dot_engine__pb2.FlushCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,
