@@ -10,17 +10,23 @@ have run.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from cluster.errors import ConfigError, SluiceError, UnavailableError
-from cluster.rpc import public
+from cluster.errors import UnavailableError
+from cluster.rpc import public, queries
+from cluster.rpc.connection import (
+    CHANNEL_OPTIONS,
+    FilePath,
+    Metadata,
+    Stub,
+    Tls,
+    channel_credentials,
+    key_metadata,
+    our_errors,
+)
 from cluster.rpc.public import (
     ClusterState,
     Completion,
@@ -35,44 +41,46 @@ from cluster.rpc.public import (
     Timings,
     Usage,
 )
+from cluster.rpc.public_cache import (
+    CacheBooks,
+    CachedOn,
+    Flushed,
+    Inspected,
+    Prefix,
+    ReplicaCache,
+    StoreBooks,
+)
+from cluster.rpc.queries import GENERATE_TIMEOUT_S, Answer, Query
 from cluster.rpc.sluice.v1 import inference_pb2
-from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
-from cluster.types import SamplingParams
+from cluster.types import CacheLoad, SamplingParams
 
 __all__ = [
     "AsyncClient",
+    "CacheBooks",
+    "CacheLoad",
+    "CachedOn",
     "Client",
     "ClusterState",
     "Completion",
     "Event",
     "Finished",
+    "Flushed",
+    "Inspected",
+    "Prefix",
     "Queued",
+    "ReplicaCache",
     "ReplicaState",
     "Running",
     "ScoredToken",
     "ServedModel",
+    "StoreBooks",
     "TextDelta",
     "Timings",
+    "Tls",
     "Usage",
 ]
 
-GENERATE_TIMEOUT_S = 600.0
-QUERY_TIMEOUT_S = 10.0
-_DETAILS_KEY = "grpc-status-details-bin"
-_CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20),)
-
 Sampling = SamplingParams | Mapping[str, Any] | None
-Metadata = Sequence[tuple[str, str]]
-_Path = str | PathLike[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Tls:
-    """Files of a TLS connection."""
-
-    ca_file: _Path  # PEM; of who signed the server's certificate
-    cert_file: _Path | None = None  # PEM; where the server demands one of the client
-    key_file: _Path | None = None  # PEM; of the client's certificate
 
 
 class Client:
@@ -82,25 +90,31 @@ class Client:
         address: host:port of a gateway.
         ca_file: PEM file that verifies the gateway's certificate; None speaks plain text.
         tls: In place of `ca_file`, where the gateway demands a certificate of the client.
+        api_key: Of a tenant, or a token; sent over TLS, or within this machine.
         metadata: Sent with every call.
+
+    Raises:
+        ConfigError: A file cannot be read, or the key must not be sent.
     """
 
     def __init__(
         self,
         address: str,
         *,
-        ca_file: _Path | None = None,
+        ca_file: FilePath | None = None,
         tls: Tls | None = None,
+        api_key: str | None = None,
         metadata: Metadata = (),
     ) -> None:
         credentials = channel_credentials(Tls(ca_file) if ca_file else tls)
+        key = key_metadata(api_key, address, is_tls=credentials is not None)
+        self._metadata = (*metadata, *key)
         self._channel = (
-            grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
             if credentials is None
-            else grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+            else grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
         )
-        self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._metadata = tuple(metadata)
+        self._stub = Stub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +140,7 @@ class Client:
         sampling: Sampling = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
         request_id: str = "",
+        prefix: str = "",
     ) -> Completion:
         """Return the completion of a text, or of token ids.
 
@@ -136,14 +151,21 @@ class Client:
             sampling: All parameters, or some of them by name.
             timeout_s: Deadline of all of it, seconds.
             request_id: Empty lets the gateway choose.
+            prefix: Name of a registered prefix that comes before the prompt.
 
         Raises:
             SluiceError: As the gateway says, or it is out of reach.
         """
-        request = public.generate_request(
-            prompt, token_ids, model=model, sampling=sampling, request_id=request_id
+        query = queries.generate(
+            prompt,
+            token_ids,
+            model=model,
+            sampling=sampling,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            prefix=prefix,
         )
-        return public.completion_from_proto(self._call(self._stub.Generate, request, timeout_s))
+        return self._ask(query)
 
     def stream(
         self,
@@ -154,6 +176,7 @@ class Client:
         sampling: Sampling = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
         request_id: str = "",
+        prefix: str = "",
     ) -> Iterator[Event]:
         """Yield the events of a completion; `Finished` is the last. Arguments as of `generate`.
 
@@ -164,10 +187,10 @@ class Client:
             SluiceError: As the gateway says, or it is out of reach.
         """
         request = public.generate_request(
-            prompt, token_ids, model=model, sampling=sampling, request_id=request_id
+            prompt, token_ids, model=model, sampling=sampling, request_id=request_id, prefix=prefix
         )
         events = _Events()
-        with _our_errors():
+        with our_errors():
             call = self._stub.GenerateStream(
                 inference_pb2.GenerateStreamRequest(request=request),
                 timeout=timeout_s,
@@ -183,24 +206,93 @@ class Client:
 
     def tokenize(self, text: str, *, model: str = "") -> list[int]:
         """Return the token ids of a text."""
-        request = inference_pb2.TokenizeRequest(model=model, text=text)
-        return list(self._call(self._stub.Tokenize, request, QUERY_TIMEOUT_S).token_ids)
+        return self._ask(queries.tokenize(text, model))
 
     def list_models(self) -> list[ServedModel]:
         """Return the models that the cluster serves."""
-        request = inference_pb2.ListModelsRequest()
-        return public.models_from_proto(self._call(self._stub.ListModels, request, QUERY_TIMEOUT_S))
+        return self._ask(queries.list_models())
 
     def status(self) -> ClusterState:
         """Return the replica groups and their load."""
-        request = inference_pb2.ClusterStatusRequest()
-        return public.cluster_from_proto(
-            self._call(self._stub.ClusterStatus, request, QUERY_TIMEOUT_S)
+        return self._ask(queries.status())
+
+    def register_prefix(
+        self,
+        name: str,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        model: str = "",
+        timeout_s: float = GENERATE_TIMEOUT_S,
+    ) -> Prefix:
+        """Name a prompt's beginning, have it computed and kept; requests then name it.
+
+        The same name with the same prompt is no error.
+
+        Args:
+            name: 1 to 128 letters, digits, dots, dashes and underscores.
+            prompt: Text that prompts will begin with.
+            token_ids: Ids of the model's tokenizer, in place of text.
+            model: Name; empty is the only one served.
+            timeout_s: Deadline, computing included, seconds.
+
+        Raises:
+            AlreadyExistsError: The name stands for another prompt.
+            SluiceError: As the gateway says, or it is out of reach.
+        """
+        return self._ask(
+            queries.register_prefix(name, prompt, token_ids, model=model, timeout_s=timeout_s)
         )
 
-    def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
-        with _our_errors():
-            return method(request, timeout=timeout_s, metadata=self._metadata)
+    def list_prefixes(self) -> list[Prefix]:
+        """Return one's own registered prefixes, by name."""
+        return self._ask(queries.list_prefixes())
+
+    def remove_prefix(self, name: str) -> None:
+        """Forget a registered prefix.
+
+        Raises:
+            NotFoundError: There is none of this name.
+        """
+        self._ask(queries.remove_prefix(name))
+
+    def cache_stats(self) -> CacheBooks:
+        """Return the books of the store and of each replica's tiers; for administrators."""
+        return self._ask(queries.cache_stats())
+
+    def flush_cache(self, *, replicas: bool = False, store: bool = False) -> Flushed:
+        """Forget what is cached and used by no request; for administrators.
+
+        Args:
+            replicas: On devices and in host memory.
+            store: In the store, of all tenants.
+        """
+        return self._ask(queries.flush_cache(replicas=replicas, store=store))
+
+    def inspect_cache(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        prefix: str = "",
+        model: str = "",
+    ) -> Inspected:
+        """Return how much of a prompt is cached where.
+
+        Args:
+            prompt: Text; it may be left out where there is a prefix.
+            token_ids: Ids of the model's tokenizer, in place of text.
+            prefix: Name of a registered prefix that comes before.
+            model: Name; empty is the only one served.
+        """
+        return self._ask(queries.inspect_cache(prompt, token_ids, prefix=prefix, model=model))
+
+    def _ask(self, query: Query[Answer]) -> Answer:
+        with our_errors():
+            answer = getattr(self._stub, query.method)(
+                query.request, timeout=query.timeout_s, metadata=self._metadata
+            )
+        return query.read(answer)
 
 
 class AsyncClient:
@@ -210,18 +302,20 @@ class AsyncClient:
         self,
         address: str,
         *,
-        ca_file: _Path | None = None,
+        ca_file: FilePath | None = None,
         tls: Tls | None = None,
+        api_key: str | None = None,
         metadata: Metadata = (),
     ) -> None:
         credentials = channel_credentials(Tls(ca_file) if ca_file else tls)
+        key = key_metadata(api_key, address, is_tls=credentials is not None)
+        self._metadata = (*metadata, *key)
         self._channel = (
-            grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+            grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
             if credentials is None
-            else grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+            else grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
         )
-        self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._metadata = tuple(metadata)
+        self._stub = Stub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -247,14 +341,19 @@ class AsyncClient:
         sampling: Sampling = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
         request_id: str = "",
+        prefix: str = "",
     ) -> Completion:
         """Return a completion; see `Client.generate`. Cancelling the task cancels the request."""
-        request = public.generate_request(
-            prompt, token_ids, model=model, sampling=sampling, request_id=request_id
+        query = queries.generate(
+            prompt,
+            token_ids,
+            model=model,
+            sampling=sampling,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            prefix=prefix,
         )
-        return public.completion_from_proto(
-            await self._call(self._stub.Generate, request, timeout_s)
-        )
+        return await self._ask(query)
 
     async def stream(
         self,
@@ -265,13 +364,14 @@ class AsyncClient:
         sampling: Sampling = None,
         timeout_s: float = GENERATE_TIMEOUT_S,
         request_id: str = "",
+        prefix: str = "",
     ) -> AsyncIterator[Event]:
         """Yield the events of a completion; see `Client.stream`."""
         request = public.generate_request(
-            prompt, token_ids, model=model, sampling=sampling, request_id=request_id
+            prompt, token_ids, model=model, sampling=sampling, request_id=request_id, prefix=prefix
         )
         events = _Events()
-        with _our_errors():
+        with our_errors():
             call = self._stub.GenerateStream(
                 inference_pb2.GenerateStreamRequest(request=request),
                 timeout=timeout_s,
@@ -287,26 +387,63 @@ class AsyncClient:
 
     async def tokenize(self, text: str, *, model: str = "") -> list[int]:
         """Return the token ids of a text."""
-        request = inference_pb2.TokenizeRequest(model=model, text=text)
-        return list((await self._call(self._stub.Tokenize, request, QUERY_TIMEOUT_S)).token_ids)
+        return await self._ask(queries.tokenize(text, model))
 
     async def list_models(self) -> list[ServedModel]:
         """Return the models that the cluster serves."""
-        request = inference_pb2.ListModelsRequest()
-        return public.models_from_proto(
-            await self._call(self._stub.ListModels, request, QUERY_TIMEOUT_S)
-        )
+        return await self._ask(queries.list_models())
 
     async def status(self) -> ClusterState:
         """Return the replica groups and their load."""
-        request = inference_pb2.ClusterStatusRequest()
-        return public.cluster_from_proto(
-            await self._call(self._stub.ClusterStatus, request, QUERY_TIMEOUT_S)
+        return await self._ask(queries.status())
+
+    async def register_prefix(
+        self,
+        name: str,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        model: str = "",
+        timeout_s: float = GENERATE_TIMEOUT_S,
+    ) -> Prefix:
+        """Name a prompt's beginning, have it computed and kept; see `Client.register_prefix`."""
+        return await self._ask(
+            queries.register_prefix(name, prompt, token_ids, model=model, timeout_s=timeout_s)
         )
 
-    async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
-        with _our_errors():
-            return await method(request, timeout=timeout_s, metadata=self._metadata)
+    async def list_prefixes(self) -> list[Prefix]:
+        """Return one's own registered prefixes, by name."""
+        return await self._ask(queries.list_prefixes())
+
+    async def remove_prefix(self, name: str) -> None:
+        """Forget a registered prefix; see `Client.remove_prefix`."""
+        await self._ask(queries.remove_prefix(name))
+
+    async def cache_stats(self) -> CacheBooks:
+        """Return the books of the store and of each replica's tiers; for administrators."""
+        return await self._ask(queries.cache_stats())
+
+    async def flush_cache(self, *, replicas: bool = False, store: bool = False) -> Flushed:
+        """Forget what is cached and used by no request; see `Client.flush_cache`."""
+        return await self._ask(queries.flush_cache(replicas=replicas, store=store))
+
+    async def inspect_cache(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: Sequence[int] | None = None,
+        prefix: str = "",
+        model: str = "",
+    ) -> Inspected:
+        """Return how much of a prompt is cached where; see `Client.inspect_cache`."""
+        return await self._ask(queries.inspect_cache(prompt, token_ids, prefix=prefix, model=model))
+
+    async def _ask(self, query: Query[Answer]) -> Answer:
+        with our_errors():
+            answer = await getattr(self._stub, query.method)(
+                query.request, timeout=query.timeout_s, metadata=self._metadata
+            )
+        return query.read(answer)
 
 
 class _Events:
@@ -331,37 +468,3 @@ class _Events:
             raise UnavailableError(
                 f"the stream was cut off after {self._next_seq} events: ask again"
             )
-
-
-@contextmanager
-def _our_errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise _error_of(error) from error
-
-
-def _error_of(error: Any) -> SluiceError:
-    metadata = error.trailing_metadata() or ()
-    details = next((value for key, value in metadata if key == _DETAILS_KEY), None)
-    return public.error_from_status(error.code().name, error.details() or "", details)
-
-
-def channel_credentials(tls: Tls | None) -> grpc.ChannelCredentials | None:
-    """Return what a channel needs; None is plain text.
-
-    Raises:
-        ConfigError: A file cannot be read.
-    """
-    if tls is None:
-        return None
-    try:
-        return grpc.ssl_channel_credentials(
-            Path(tls.ca_file).read_bytes(),
-            Path(tls.key_file).read_bytes() if tls.key_file else None,
-            Path(tls.cert_file).read_bytes() if tls.cert_file else None,
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename}: {error.strerror}: give a PEM file", field="tls"
-        ) from error

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from cluster.errors import ConfigError
 
@@ -276,6 +283,11 @@ class StoreConfig(_Section):
         ge=2**20,
         description="of blocks of one worker on their way to the store, bytes; more are dropped",
     )
+
+    @field_validator("kv_url", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # as YAML reads it
 
     @property
     def resolved_url(self) -> str:

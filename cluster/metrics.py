@@ -1,11 +1,17 @@
 """Every metric's name, unit and buckets.
 
-Objects, not globals: whoever serves owns a `Metrics` and its registry.
+Objects, not globals: whoever serves owns a `Metrics` and its registry. What replicas count
+themselves travels to the gateways as `ReplicaLoad`; `REPLICA_METRICS` says how it is exposed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from cluster.types import ReplicaLoad, StoreState
 
 _LATENCY_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -77,3 +83,133 @@ class Metrics:
         self.index = Gauge(
             "sluice_prefix_index_bytes", "Estimated size of the prefix index.", registry=registry
         )
+
+
+CONTROL_STORE_STATE = "sluice_control_store_state"
+"""Gauge, 1 for the present state: this gateway's circuit breaker of leases and records."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaMetric:
+    """One number of every replica, or one for each value of a label."""
+
+    name: str  # a counter's ends in _total
+    description: str
+    read: Callable[[ReplicaLoad], float | Mapping[str, float]]
+    label: str = ""  # whose values are the keys of what is read; empty: it is one number
+
+    @property
+    def is_counter(self) -> bool:
+        """Whether it only grows in the life of a replica."""
+        return self.name.endswith("_total")
+
+
+def _hits(load: ReplicaLoad) -> dict[str, float]:
+    host, store = load.cache.num_host_hit_tokens, load.cache.num_store_hit_tokens
+    device = max(0, load.num_prefix_hit_tokens - host - store)  # that counts hits of every tier
+    return {"device": device, "host": host, "store": store}
+
+
+def _evictions(load: ReplicaLoad) -> dict[str, float]:
+    return {"device": load.cache.num_device_evictions, "host": load.cache.num_host_evictions}
+
+
+def _states(load: ReplicaLoad) -> dict[str, float]:
+    return {state.value: float(state is load.cache.store_state) for state in StoreState}
+
+
+REPLICA_METRICS = (
+    ReplicaMetric("sluice_running_sequences", "In the batch.", lambda load: load.num_running),
+    ReplicaMetric(
+        "sluice_waiting_sequences", "Waiting for blocks or a place.", lambda load: load.num_waiting
+    ),
+    ReplicaMetric(
+        "sluice_queued_prefill_tokens",
+        "Prompt tokens not computed yet.",
+        lambda load: load.num_queued_prefill_tokens,
+    ),
+    ReplicaMetric(
+        "sluice_generated_tokens_total", "Of all answers.", lambda load: load.num_generated_tokens
+    ),
+    ReplicaMetric(
+        "sluice_prefix_query_tokens_total",
+        "Prompt tokens looked up in the caches.",
+        lambda load: load.num_prefix_query_tokens,
+    ),
+    ReplicaMetric(
+        "sluice_prefix_hit_tokens_total",
+        "Of these, found, by the tier that they came from.",
+        _hits,
+        label="tier",
+    ),
+    ReplicaMetric("sluice_kv_blocks", "Of the KV cache.", lambda load: load.num_blocks),
+    ReplicaMetric(
+        "sluice_kv_free_blocks", "Of these, free or evictable.", lambda load: load.num_free_blocks
+    ),
+    ReplicaMetric(
+        "sluice_host_slots",
+        "Blocks that the host tier can hold.",
+        lambda load: load.cache.num_host_slots,
+    ),
+    ReplicaMetric(
+        "sluice_host_blocks", "Of these, in use.", lambda load: load.cache.num_host_blocks
+    ),
+    ReplicaMetric(
+        "sluice_evicted_blocks_total",
+        "Blocks that made room for others, by tier.",
+        _evictions,
+        label="tier",
+    ),
+    ReplicaMetric(
+        "sluice_stored_blocks_total",
+        "Blocks written to the store.",
+        lambda load: load.cache.num_stored_blocks,
+    ),
+    ReplicaMetric(
+        "sluice_fetched_blocks_total",
+        "Blocks read from the store.",
+        lambda load: load.cache.num_fetched_blocks,
+    ),
+    ReplicaMetric(
+        "sluice_stored_bytes_total",
+        "Bytes of one worker written to the store.",
+        lambda load: load.cache.stored_bytes,
+    ),
+    ReplicaMetric(
+        "sluice_fetched_bytes_total",
+        "Bytes of one worker read from the store.",
+        lambda load: load.cache.fetched_bytes,
+    ),
+    ReplicaMetric(
+        "sluice_store_rejected_total",
+        "Writes dropped because too many were on their way.",
+        lambda load: load.cache.num_rejected,
+    ),
+    ReplicaMetric(
+        "sluice_store_late_total",
+        "Requests that went on without the blocks that they had waited for.",
+        lambda load: load.cache.num_late,
+    ),
+    ReplicaMetric(
+        "sluice_store_failed_total",
+        "Operations that the store did not answer well.",
+        lambda load: load.cache.num_failed,
+    ),
+    ReplicaMetric(
+        "sluice_store_corrupt_total",
+        "Blocks that did not verify.",
+        lambda load: load.cache.num_corrupt,
+    ),
+    ReplicaMetric(
+        "sluice_saved_prefill_seconds_total",
+        "Prefill that hits in host tier and store made needless, predicted.",
+        lambda load: load.cache.saved_s,
+    ),
+    ReplicaMetric(
+        "sluice_store_state",
+        "1 for how the store of KV blocks does: exact, degraded or off.",
+        _states,
+        label="state",
+    ),
+)
+"""Each has the label `replica_id`."""

@@ -222,10 +222,19 @@ def streams_table(streams: list[Stream]) -> Table:
 
 
 def prefix_hit_rate(state: ClusterState) -> float:
-    """Return the share of the prompts' tokens that replicas had in their caches."""
+    """Return the share of the prompts' tokens that replicas found in any tier of their caches."""
     num_queried = sum(replica.num_prefix_query_tokens for replica in state.replicas)
     num_hit = sum(replica.num_prefix_hit_tokens for replica in state.replicas)
     return num_hit / num_queried if num_queried else 0.0
+
+
+def hits_below_device(state: ClusterState) -> dict[str, int]:
+    """Return how many prompt tokens came from the lower tiers, by tier."""
+    tiers = [replica.cache for replica in state.replicas]
+    return {
+        "host": sum(tier.num_host_hit_tokens for tier in tiers),
+        "store": sum(tier.num_store_hit_tokens for tier in tiers),
+    }
 
 
 def start_cluster(config: ClusterConfig, console: Console) -> app.ServingCluster:
@@ -257,13 +266,13 @@ def demo(
         with output, start_cluster(config, console) as cluster:
             asyncio.run(run_streams(cluster.address, streams, max_tokens, console))
             with Client(cluster.address) as client:
-                hit_rate = prefix_hit_rate(client.status())
+                state = client.status()
             console.print("stopping the cluster")
     except SluiceError as error:
         console.print(f"demo: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
     result = summarize([stream.record() for stream in streams], LatencyObjective())
-    report(result, hit_rate, json)
+    report(result, state, json)
     raise typer.Exit(exit_status(streams))
 
 
@@ -272,15 +281,18 @@ def exit_status(streams: list[Stream]) -> int:
     return int(any(stream.state != "done" for stream in streams))
 
 
-def report(result: dict[str, Any], hit_rate: float, json: bool) -> None:
+def report(result: dict[str, Any], state: ClusterState, json: bool) -> None:
     """Print the figures."""
+    hit_rate, lower = prefix_hit_rate(state), hits_below_device(state)
     if json:
-        print_json({"result": result, "prefix_hit_rate": hit_rate, "provenance": provenance()})
+        hits = {"prefix_hit_rate": hit_rate, "tier_hit_tokens": lower}
+        print_json({"result": result, **hits, "provenance": provenance()})
         return
     rates = {
         "streams finished": f"{result['num_ok']} of {result['num_requests']}",
         "tokens/s": f"{result['out_tokens_per_s']:.0f}",
         "prefix-cache hit rate": f"{hit_rate:.0%} of prompt tokens",
+        "of these from lower tiers": f"{lower['host']} tokens (host), {lower['store']} (store)",
     }
     Console().print(latency_table(result), figure_table(rates))
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.clock import VirtualClock
+from cluster.engine.mover import Move, MoveKind, MoveResult
 from cluster.errors import UnavailableError
-from cluster.step import SequenceStep, StepPlan, StepResult
+from cluster.step import BlockMoves, SequenceStep, StepPlan, StepResult
 from cluster.types import EngineRequest, FinishReason, SampledToken, StepShape
 
+BLOCK_NBYTES = 2**20  # of a worker's part of a block, where nothing has bytes
 Choose = Callable[[Sequence[int]], int]
 
 
@@ -62,6 +64,9 @@ class _Slot:
         return zlib.crc32(array("q", (self.prefix, self.token)).tobytes())
 
 
+Content = tuple[_Slot, ...]
+
+
 class FakeExecutor:
     """An executor without a model that checks every plan against a shadow KV cache.
 
@@ -88,6 +93,7 @@ class FakeExecutor:
         self.submit_fails = False
         self.collect_fails = False
         self.is_shut_down = False
+        self.host: dict[int, Content] = {}  # what the slots of the host tier hold
         self._cache: dict[tuple[int, int], _Slot] = {}
         self._tokens: dict[int, list[int]] = {}  # seq_id -> all that is known of it
         self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()
@@ -97,6 +103,7 @@ class FakeExecutor:
         if self.submit_fails:
             raise UnavailableError("worker 0 died")
         self._check_step(plan)
+        self._copy(plan.moves)
         self.plans.append(plan)
         tokens = {s.seq_id: t for s in plan.sequences if (t := self._compute(s)) is not None}
         elapsed_s = self.token_s * plan.num_tokens
@@ -117,7 +124,7 @@ class FakeExecutor:
 
     def _check_step(self, plan: StepPlan) -> None:
         assert len(self._in_flight) < self.max_in_flight, "more steps than stages"
-        assert plan.sequences, "an empty step"
+        assert plan.sequences or plan.moves, "an empty step"
         in_flight = [step for other, _ in self._in_flight for step in other.sequences]
         seq_ids = [step.seq_id for step in (*in_flight, *plan.sequences)]
         assert len(seq_ids) == len(set(seq_ids)), f"in flight twice: {seq_ids}"
@@ -126,6 +133,27 @@ class FakeExecutor:
         for step in in_flight:
             mine = {block for other in plan.sequences for block in self._written(other)}
             assert not mine & set(step.block_table), "a block of a step in flight is written"
+
+    def _copy(self, moves: BlockMoves) -> None:
+        """Copy between the shadow cache and the shadow host tier, as a worker does."""
+        targets = [block for _, block in moves.restores]
+        assert len(set(targets)) == len(targets), "two slots are restored to one block"
+        slots = [slot for _, slot in moves.offloads]
+        assert len(set(slots)) == len(slots), "two blocks are offloaded to one slot"
+        for block, slot in moves.offloads:
+            assert not self.is_busy(slot), "a slot is overwritten under a move"
+            places = [(block, offset) for offset in range(self.block_size)]
+            assert all(place in self._cache for place in places), "offloaded before it was full"
+            self.host[slot] = tuple(self._cache[place] for place in places)
+        for slot, block in moves.restores:
+            in_flight = [step for plan, _ in self._in_flight for step in plan.sequences]
+            assert all(block not in step.block_table for step in in_flight)
+            for offset, value in enumerate(self.host[slot]):
+                self._cache[block, offset] = value
+
+    def is_busy(self, slot: int) -> bool:
+        """Return whether a move reads or writes a slot; `FakeMover` replaces this."""
+        return False
 
     def _written(self, step: SequenceStep) -> list[int]:
         first = step.num_computed_tokens // self.block_size
@@ -176,6 +204,81 @@ class FakeExecutor:
     def _place(self, step: SequenceStep, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self.block_size)
         return step.block_table[block], offset
+
+
+class FakeMover:
+    """Moves between an executor's shadow host tier and a store that engines may share.
+
+    Bytes are taken and given when a move ends, the worst moment for a slot that is not held.
+
+    Args:
+        executor: Whose slots they are.
+        store: By hash; the fake keeps nothing else.
+        clock: Tells how long a move took, and passes while somebody waits.
+    """
+
+    def __init__(
+        self, executor: FakeExecutor, store: dict[bytes, Content], clock: VirtualClock
+    ) -> None:
+        self.store = store
+        self.pinned: set[bytes] = set()
+        self.moves: list[Move] = []  # all that were submitted
+        self.error = ""  # of every move that ends now
+        self.write_error = ""  # of every write that ends now
+        self.is_silent = False  # no move ends
+        self.move_s = 0.001  # that a move takes
+        self._executor, self._clock = executor, clock
+        self._open: deque[tuple[float, Move]] = deque()
+        executor.is_busy = self._is_busy  # type: ignore[method-assign]
+
+    def submit(self, move: Move) -> None:
+        slots = [slot for _, other in self._open for slot in other.slots]
+        assert not set(slots) & set(move.slots), "a slot takes part in two moves"
+        assert len(set(move.slots)) == len(move.slots)
+        self.moves.append(move)
+        self._open.append((self._clock.now(), move))
+
+    def collect(self, timeout_s: float) -> list[MoveResult]:
+        if not self._due() and timeout_s > 0:
+            self._clock.advance(timeout_s if self.is_silent else min(timeout_s, self.move_s))
+        results = []
+        while self._due():
+            began_s, move = self._open.popleft()
+            results.append(self._end(move, self._clock.now() - began_s))
+        return results
+
+    def shutdown(self) -> None:
+        self._open.clear()
+
+    @property
+    def is_at_work(self) -> bool:
+        return bool(self._open)
+
+    def _due(self) -> bool:
+        if self.is_silent or not self._open:
+            return False
+        return self._clock.now() - self._open[0][0] >= self.move_s
+
+    def _is_busy(self, slot: int) -> bool:
+        return any(slot in move.slots for _, move in self._open)
+
+    def _end(self, move: Move, elapsed_s: float) -> MoveResult:
+        error = self.error or (self.write_error if move.kind is MoveKind.PUT else "")
+        if error:
+            nothing = (False,) * len(move.hashes)
+            return MoveResult(move.move_id, nothing, elapsed_s, error=error)
+        if move.kind is MoveKind.PUT:
+            for block_hash, slot in zip(move.hashes, move.slots, strict=True):
+                self.store[block_hash] = self._executor.host[slot]
+                if move.is_pinned:
+                    self.pinned.add(block_hash)
+        found = tuple(block_hash in self.store for block_hash in move.hashes)
+        if move.kind is MoveKind.GET:
+            for block_hash, slot in zip(move.hashes, move.slots, strict=True):
+                if block_hash in self.store:
+                    self._executor.host[slot] = self.store[block_hash]
+        num_bytes = 0 if move.kind is MoveKind.FIND else sum(found) * BLOCK_NBYTES
+        return MoveResult(move.move_id, found, elapsed_s, num_bytes)
 
 
 def shape_of(plan: StepPlan) -> StepShape:

@@ -46,7 +46,7 @@ class RedisServer:
             raise FileNotFoundError("redis-server is not installed: apt-get install redis-server")
         self._folder = tempfile.TemporaryDirectory(prefix="sluice-redis-")
         for attempt in range(NUM_ATTEMPTS):
-            self.port = _free_port()
+            self.port = free_port()
             try:
                 self.start()
                 return self
@@ -83,6 +83,12 @@ class RedisServer:
                 raise RuntimeError(f"redis-server did not start: {log.read_text()[-2000:]}")
             time.sleep(0.01)
 
+    @property
+    def folder(self) -> Path:
+        """Where its files are; gone with the server."""
+        assert self._folder is not None, "use it in a with statement"
+        return Path(self._folder.name)
+
     def kill(self) -> None:
         """End the server as a crash would, with all that it holds; ended already is fine."""
         if self._process is not None:
@@ -100,7 +106,7 @@ class RedisServer:
         return reply.startswith((b"+PONG", b"-NOAUTH"))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -76,3 +76,11 @@ def test_every_knob_says_what_it_is() -> None:
                 assert field.description, f"{model.__name__}.{name}"
 
     knobs(ClusterConfig)
+
+
+def test_store_of_blocks_is_switched_off_as_yaml_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "sluice.yaml"
+    path.write_text("store: {kv_url: off}\n")
+    assert load_config(path).store.resolved_kv_url == "off"
+    assert load_config(None, ["store.kv_url=off"]).store.resolved_kv_url == "off"
+    assert load_config(None, []).store.resolved_kv_url == "embedded"

@@ -23,6 +23,8 @@ from cluster.model.quantization.check import check_kernels, check_quantization
 from cluster.model.runner import ModelRunner, num_blocks_for
 from cluster.replica.build import load_whole, make_engine, max_model_len_of
 from cluster.replica.executor import InProcessExecutor
+from cluster.replica.local_tiers import LocalTiers
+from cluster.replica.mover_start import OpenStore
 from cluster.replica.placement import threads_per_worker
 
 
@@ -39,6 +41,7 @@ class LoadedEngine:
     kv_bytes_per_token: float
     attention: str  # "flash", "triton" or "plain" on a GPU; "native" or "plain" on a CPU
     has_graphs: bool  # decode steps are captured as CUDA graphs
+    tiers: LocalTiers  # to be closed when the engine is used no more
 
 
 def num_threads_of(config: ClusterConfig) -> int:
@@ -86,29 +89,39 @@ def _num_blocks(config: ClusterConfig, info: ModelInfo, num_sequence_tokens: int
     )
 
 
-def load_engine(config: ClusterConfig, info: ModelInfo) -> LoadedEngine:
+def load_engine(
+    config: ClusterConfig, info: ModelInfo, open_store: OpenStore | None = None
+) -> LoadedEngine:
     """Return an engine that is ready.
 
     Args:
         config: With `cache.num_blocks` or `cache.memory_bytes` as wanted.
         info: From `check_engine`.
+        open_store: Makes the store of KV blocks; None is the one that `config.store` names, unless
+            that is the embedded one, which a process without Ray has not.
 
     Raises:
         ConfigError: The model or its cache do not fit.
     """
     num_blocks = _num_blocks(config, info)
+    if open_store is None and config.store.resolved_kv_url == "embedded":
+        config = config.model_copy(
+            update={"store": config.store.model_copy(update={"kv_url": "off"})}
+        )
+    tiers = LocalTiers(config, info, open_store)
     start_s = time.perf_counter()
     runner = load_whole(
         config,
         num_blocks=num_blocks,
         max_model_len=max_model_len_of(config, info),
         num_threads=num_threads_of(config),
+        slots=tiers.slots,
     )
     load_s = time.perf_counter() - start_s
     # A GPU's forward returns before it is done: there, only the whole step's time means something.
     forward = ForwardClock(runner.model) if config.model.device == "cpu" else None
     clock = StepClock(InProcessExecutor(runner), forward.take_s if forward else None)
-    engine = make_engine(config, info, clock, WallClock())
+    engine = make_engine(config, info, clock, WallClock(), tiers=tiers.tiers)
     return LoadedEngine(
         info=info,
         engine=engine,
@@ -119,6 +132,7 @@ def load_engine(config: ClusterConfig, info: ModelInfo) -> LoadedEngine:
         kv_bytes_per_token=runner.block_nbytes / config.cache.block_size,
         attention=attention_of(runner, info, config),
         has_graphs=runner.has_graphs,
+        tiers=tiers,
     )
 
 

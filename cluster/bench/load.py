@@ -16,6 +16,7 @@ from itertools import count, islice
 import grpc
 
 from cluster.bench.statistics import TRUNCATED, RequestRecord
+from cluster.rpc.connection import Metadata
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 
@@ -92,6 +93,7 @@ class LoadRun:
     plan: LoadPlan
     first_index: int = 0  # of the requests: warm-up and run draw different prompts
     on_record: Callable[[RequestRecord], None] = lambda record: None  # called as each ends
+    metadata: Metadata = ()  # sent with each request
     _start_s: float = 0.0
     _records: list[RequestRecord] = field(default_factory=list)
 
@@ -126,7 +128,9 @@ class LoadRun:
 
     async def _send(self, index: int, due_s: float) -> None:
         request = self.shape.request(self.first_index + index, self.model)
-        record = await stream_record(self.stub, request, due_s, self._now_s, self.plan.timeout_s)
+        record = await stream_record(
+            self.stub, request, due_s, self._now_s, self.plan.timeout_s, self.metadata
+        )
         self._records.append(record)
         self.on_record(record)
 
@@ -140,6 +144,7 @@ async def stream_record(
     due_s: float,
     now_s: Callable[[], float],
     timeout_s: float,
+    metadata: Metadata = (),
 ) -> RequestRecord:
     """Send one request and return its record; a failure of the server is one, not an exception.
 
@@ -149,13 +154,14 @@ async def stream_record(
         due_s: When it was due, in the time of `now_s`.
         now_s: The clock of the run, seconds.
         timeout_s: Deadline of the request.
+        metadata: Sent with it.
     """
     times_s: list[float] = []
     num_tokens = 0
     usage: pb.Usage | None = None
     status = "OK"
     try:
-        async for event in stub.GenerateStream(request, timeout=timeout_s):
+        async for event in stub.GenerateStream(request, timeout=timeout_s, metadata=metadata):
             kind = event.WhichOneof("event")
             if kind == "delta" and event.delta.token_ids:
                 times_s.append(now_s())

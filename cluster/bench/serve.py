@@ -10,8 +10,8 @@ import grpc
 
 from cluster.bench.load import LoadPlan, LoadRun, RequestShape
 from cluster.bench.statistics import LatencyObjective, RequestRecord, summarize
-from cluster.client import Tls, channel_credentials
 from cluster.errors import InvalidArgumentError, UnavailableError
+from cluster.rpc.connection import Metadata, Tls, channel_credentials, key_metadata
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 
@@ -29,6 +29,7 @@ class ServeBench:
     num_warmup: int = 0  # requests before the measurement, not counted
     model: str = ""  # empty: the only one served
     tls: Tls | None = None  # None speaks plain text
+    api_key: str | None = field(default=None, repr=False)  # of a tenant
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -61,13 +62,16 @@ async def run_serve_bench(
         InvalidArgumentError: Prompt and answer do not fit into the model's context.
         UnavailableError: Nothing answers at the address.
     """
+    metadata = key_metadata(bench.api_key, bench.address, is_tls=bench.tls is not None)
     async with _channel(bench) as channel:
         stub = InferenceStub(channel)  # type: ignore[no-untyped-call]
-        model = await _find_model(stub, bench)
+        model = await _find_model(stub, bench, metadata)
         if bench.num_warmup:
             warmup = LoadPlan(bench.num_warmup, None, concurrency=min(4, bench.num_warmup))
-            await LoadRun(stub, model, bench.shape, warmup).run()
-        run = LoadRun(stub, model, bench.shape, bench.plan, bench.num_warmup, on_record)
+            await LoadRun(stub, model, bench.shape, warmup, metadata=metadata).run()
+        run = LoadRun(
+            stub, model, bench.shape, bench.plan, bench.num_warmup, on_record, metadata=metadata
+        )
         records = await run.run()
     figures = {
         "address": bench.address,
@@ -93,9 +97,11 @@ def _finite(bound_s: float) -> float | None:
     return None if bound_s == float("inf") else bound_s
 
 
-async def _find_model(stub: InferenceStub, bench: ServeBench) -> pb.Model:
+async def _find_model(stub: InferenceStub, bench: ServeBench, metadata: Metadata) -> pb.Model:
     try:
-        response = await stub.ListModels(pb.ListModelsRequest(), timeout=_CONNECT_TIMEOUT_S)
+        response = await stub.ListModels(
+            pb.ListModelsRequest(), timeout=_CONNECT_TIMEOUT_S, metadata=metadata
+        )
     except grpc.aio.AioRpcError as error:
         raise UnavailableError(
             f"{bench.address}: {error.code().name}: {error.details()}; is `sluice serve` running?"

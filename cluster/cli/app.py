@@ -12,9 +12,11 @@ import typer
 from typer.core import TyperGroup
 
 from cluster.cli.bench import bench
+from cluster.cli.cache import cache
 from cluster.cli.config import show_config
 from cluster.cli.generate import generate
 from cluster.cli.model import model
+from cluster.cli.prefix import prefix
 from cluster.cli.serve import serve
 from cluster.cli.status import status
 from cluster.errors import InvalidArgumentError, SluiceError
@@ -65,6 +67,8 @@ app.command()(serve)
 app.command()(generate)
 app.command()(status)
 app.command("config")(show_config)
+app.add_typer(prefix, name="prefix")
+app.add_typer(cache, name="cache")
 app.add_typer(model, name="model")
 app.add_typer(bench, name="bench")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,14 +14,15 @@ from rich.table import Table
 from cluster.cli.options import (
     DEFAULT_ADDRESS,
     Address,
+    ApiKeyFile,
     AsJson,
     CaFile,
     CertFile,
     KeyFile,
+    connect,
     print_json,
-    tls_of,
+    read_prompt,
 )
-from cluster.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from cluster.client import Event, ScoredToken
@@ -36,6 +37,10 @@ def generate(
     ca_file: CaFile = None,
     cert_file: CertFile = None,
     key_file: KeyFile = None,
+    api_key_file: ApiKeyFile = None,
+    prefix: Annotated[
+        str, typer.Option(metavar="NAME", help="Registered prefix that comes before the prompt.")
+    ] = "",
     model: Annotated[str, typer.Option(help="Name; empty is the only one served.")] = "",
     timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of the request.")] = 600.0,
     temperature: Annotated[
@@ -115,25 +120,18 @@ def generate(
         "logprobs": logprobs,
     }
     sampling = {name: value for name, value in choices.items() if value is not None}
-    text = _read_stdin() if prompt == "-" else prompt
-    from cluster.client import Client
-
-    with Client(address, tls=tls_of(ca_file, cert_file, key_file)) as client:
+    request: dict[str, Any] = {
+        "model": model,
+        "sampling": sampling,
+        "timeout_s": timeout_s,
+        "prefix": prefix,
+    }
+    text = read_prompt(prompt, None)
+    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
         if json:
-            print_json(
-                asdict(client.generate(text, model=model, sampling=sampling, timeout_s=timeout_s))
-            )
+            print_json(asdict(client.generate(text, **request)))
         else:
-            _print(client.stream(text, model=model, sampling=sampling, timeout_s=timeout_s))
-
-
-def _read_stdin() -> str:
-    try:
-        return typer.get_binary_stream("stdin").read().decode()
-    except UnicodeDecodeError as error:
-        raise InvalidArgumentError(
-            f"standard input is not UTF-8: {error}", field="prompt"
-        ) from error
+            _print(client.stream(text, **request))
 
 
 def _print(events: Iterable[Event]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +13,10 @@ from rich.console import Console
 from cluster.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from cluster.client import Tls
+    from cluster.client import Client, Tls
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
+API_KEY_VARIABLE = "SLUICE_API_KEY"
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="YAML file; see `sluice config`.")
@@ -37,7 +39,78 @@ CertFile = Annotated[
 KeyFile = Annotated[
     str | None, typer.Option(metavar="FILE", help="PEM file of the key of --cert-file.")
 ]
+ApiKeyFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help=f"Holds your API key; without it {API_KEY_VARIABLE} is read."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def connect(
+    address: str,
+    ca_file: str | None,
+    cert_file: str | None,
+    key_file: str | None,
+    api_key_file: str | None,
+) -> Client:
+    """Return a client of a gateway.
+
+    Raises:
+        InvalidArgumentError: A file is missing, or the key must not be sent.
+    """
+    from cluster.client import Client
+
+    return Client(
+        address, tls=tls_of(ca_file, cert_file, key_file), api_key=read_api_key(api_key_file)
+    )
+
+
+def read_api_key(file: str | None) -> str | None:
+    """Return the key in a file, else that of the environment, else None.
+
+    It is no argument: every user of the machine can list those.
+
+    Raises:
+        InvalidArgumentError: The file cannot be read.
+    """
+    if file is None:
+        return os.environ.get(API_KEY_VARIABLE) or None
+    try:
+        return Path(file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise InvalidArgumentError(
+            f"--api-key-file={file}: {reason}: give a file that holds the key alone",
+            field="api-key-file",
+        ) from None
+
+
+def read_prompt(text: str | None, file: Path | None) -> str | None:
+    """Return a prompt given as an argument or as a file; `-` is standard input.
+
+    Raises:
+        InvalidArgumentError: It is given twice, or cannot be read as UTF-8.
+    """
+    if file is not None:
+        if text is not None:
+            raise InvalidArgumentError("TEXT and --file: give one of the two", field="file")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
+            raise InvalidArgumentError(
+                f"--file={file}: {reason}: give a text file", field="file"
+            ) from error
+    if text != "-":
+        return text
+    try:
+        return typer.get_binary_stream("stdin").read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            f"standard input is not UTF-8: {error}", field="prompt"
+        ) from error
 
 
 def tls_of(ca_file: str | None, cert_file: str | None, key_file: str | None) -> Tls | None:

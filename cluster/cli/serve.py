@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.cli.options import AsJson, ConfigFile, Overrides, print_json
+from cluster.cli.options import AsJson, ConfigFile, Overrides, print_json, read_api_key
 from cluster.cli.status import status_table
 from cluster.config import load_config
 from cluster.errors import SluiceError
@@ -96,11 +96,14 @@ def _announce(cluster: ServingCluster, json: bool) -> None:
 
 
 def _ask_state(cluster: ServingCluster) -> ClusterState | None:
-    """Return what the gateway says, or None: its TLS may be for others than this process."""
+    """Return what the gateway says, or None: it may serve others than this process only."""
     from cluster.client import Client
 
+    config = cluster.config
     try:
-        with Client(cluster.address, ca_file=cluster.config.gateway.tls_cert or None) as client:
+        api_key = read_api_key(None) if config.auth.tenants_file else None
+        ca_file = config.gateway.tls_cert or None
+        with Client(cluster.address, ca_file=ca_file, api_key=api_key) as client:
             return client.status()
     except SluiceError:
         return None

@@ -16,19 +16,21 @@ from rich.table import Table
 from cluster.cli.options import (
     DEFAULT_ADDRESS,
     Address,
+    ApiKeyFile,
     AsJson,
     CaFile,
     CertFile,
     KeyFile,
+    connect,
     print_json,
-    tls_of,
 )
 
 if TYPE_CHECKING:
-    from cluster.client import Client, ClusterState
+    from cluster.client import CacheLoad, Client, ClusterState
 
 _REFRESH_S = 1.0
 _STATE_STYLES = {"ready": "green", "connecting": "yellow", "draining": "magenta"}
+_STORE_STYLES = {"exact": "green", "degraded": "yellow", "off": "dim"}
 
 
 def status(
@@ -36,13 +38,12 @@ def status(
     ca_file: CaFile = None,
     cert_file: CertFile = None,
     key_file: KeyFile = None,
+    api_key_file: ApiKeyFile = None,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Repeat until Ctrl-C.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Print the replica groups: state, layout, blocks, load, prefix hits."""
-    from cluster.client import Client
-
-    with Client(address, tls=tls_of(ca_file, cert_file, key_file)) as client:
+    """Print the replica groups: state, layout, blocks, load, prefix hits, the store's state."""
+    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
         if json:
             for state in _states(client, watch):
                 print_json(asdict(state))
@@ -75,6 +76,7 @@ def status_table(state: ClusterState) -> Table:
     table = Table("replica", "state", "model", "tp x pp", title=escape(title), title_justify="left")
     for name in ("blocks used", "running", "waiting", "hit rate", "generated"):
         table.add_column(name, justify="right")
+    table.add_column("store")
     for replica in state.replicas:
         style = _STATE_STYLES.get(replica.state, "red")
         table.add_row(
@@ -87,8 +89,14 @@ def status_table(state: ClusterState) -> Table:
             str(replica.num_waiting),
             hit_rate(replica),
             str(replica.num_generated_tokens),
+            store_state(replica.cache),
         )
     return table
+
+
+def store_state(cache: CacheLoad) -> str:
+    """Return how the store does as one replica sees it, in colour."""
+    return f"[{_STORE_STYLES[cache.store_state]}]{cache.store_state}[/]"
 
 
 def hit_rate(replica: Any) -> str:

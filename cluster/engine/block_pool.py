@@ -12,6 +12,7 @@ no free block is left. The pool knows numbers, not contents: prefix_cache.py kno
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import islice
 
 
 class BlockPool:
@@ -65,6 +66,18 @@ class BlockPool:
             self._kept[block] = None
         else:
             self._free.append(block)
+
+    def oldest_kept(self, num_blocks: int) -> list[int]:
+        """Return the kept blocks that are given away next, if no more than these are free."""
+        num_next = num_blocks - len(self._free)
+        return list(islice(self._kept, num_next)) if num_next > 0 else []
+
+    def free_kept(self) -> list[int]:
+        """Free every kept block; return them."""
+        blocks = list(self._kept)
+        self._kept.clear()
+        self._free += reversed(blocks)
+        return blocks
 
     def check_invariants(self) -> None:
         """Assert that every block is in exactly one of: free, kept, referenced."""

@@ -4,33 +4,52 @@
                                         │
     outputs ◄── apply ◄── executor.collect              one per call of step()
 
-Nothing here waits but `executor.collect`; the caller owns the thread, and calls are not reentrant.
+Nothing here waits but `executor.collect` and, where every sequence waits for blocks from the store,
+`mover.collect`, for 5 ms; the caller owns the thread, and calls are not reentrant.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 
 from cluster.clock import Clock
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, StoreConfig
+from cluster.engine.block_events import BlockEvents
 from cluster.engine.block_pool import BlockPool
 from cluster.engine.executor import Executor
+from cluster.engine.host_tier import HostTier
+from cluster.engine.mover import BlockMover
 from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.scheduler import Batch, Chunk, Scheduler
 from cluster.engine.sequence import ModelTraits, Sequence, SequenceState, check_request
 from cluster.engine.step_time import StepTimeModel
+from cluster.engine.store_tier import StoreTier
+from cluster.engine.tiers import Tiers
 from cluster.errors import InvalidArgumentError, UnavailableError
-from cluster.step import StepPlan, StepResult
-from cluster.types import EngineOutput, EngineRequest, FinishReason, ReplicaLoad, SampledToken
+from cluster.step import BlockMoves, StepPlan, StepResult
+from cluster.types import (
+    CacheLoad,
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    ReplicaLoad,
+    SampledToken,
+)
+
+MOVES_WAIT_S = 0.005
+"""For blocks from the store, where there is nothing else to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class _StepInFlight:
     step_id: int
     batch: Batch
+    moves: BlockMoves
+    held: list[bytes]  # blocks of the host tier that it copies
 
 
 class Engine:
@@ -47,6 +66,10 @@ class Engine:
         prefix_caching: Whether blocks are found again by later requests.
         clock: Measures deadlines and queueing.
         step_time: Predicts steps, and learns from them; None begins with one that knows nothing.
+        num_host_slots: Blocks in the host tier of every worker; 0 is no host tier.
+        block_nbytes: Of one worker's part of a block, the largest; only with a host tier.
+        mover: Of the store, only with a host tier; None is no store. The caller shuts it down.
+        store_config: What is worth storing, and for how long to wait for it.
     """
 
     def __init__(
@@ -62,6 +85,10 @@ class Engine:
         prefix_caching: bool,
         clock: Clock,
         step_time: StepTimeModel | None = None,
+        num_host_slots: int = 0,
+        block_nbytes: int = 0,
+        mover: BlockMover | None = None,
+        store_config: StoreConfig | None = None,
     ) -> None:
         self.step_time = step_time or StepTimeModel()
         self._config = config
@@ -70,7 +97,14 @@ class Engine:
         self._traits = ModelTraits(
             block_size, max_model_len, vocab_size, eos_token_ids, fingerprint
         )
-        self._cache = PrefixCache(BlockPool(executor.num_blocks), is_enabled=prefix_caching)
+        events = BlockEvents()
+        self._host = HostTier(num_host_slots if prefix_caching else 0, events)
+        self._cache = PrefixCache(
+            BlockPool(executor.num_blocks),
+            is_enabled=prefix_caching,
+            host=self._host if self._host.num_slots else None,
+            events=events,
+        )
         self._scheduler = Scheduler(
             config,
             self._cache,
@@ -78,6 +112,10 @@ class Engine:
             max_in_flight=executor.max_in_flight,
             step_time=self.step_time,
         )
+        self._tiers: Tiers | None = None
+        if self._host.num_slots:
+            self._tiers = self._make_tiers(mover, store_config or StoreConfig(), block_nbytes)
+        self._scheduler.tiers = self._tiers
         self._sequences: dict[str, Sequence] = {}  # by request_id, until the end is decided
         self._steps: deque[_StepInFlight] = deque()  # submitted, oldest first
         self._ended: list[EngineOutput] = []  # last outputs that no step's result brings
@@ -87,10 +125,25 @@ class Engine:
         self._num_generated_tokens = 0
         self._failure = ""
 
+    def _make_tiers(
+        self, mover: BlockMover | None, config: StoreConfig, block_nbytes: int
+    ) -> Tiers:
+        sizes = {
+            "block_size": self._traits.block_size,
+            "block_nbytes": block_nbytes,
+            "step_tokens": self._config.max_num_batched_tokens,
+        }
+        store = None
+        if mover is not None:
+            store = StoreTier(mover, self._host, config, self._clock, **sizes)
+        return Tiers(self._cache, self._host, store, config, **sizes)
+
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to compute, to collect or to return."""
-        return bool(self._sequences or self._steps or self._ended)
+        """Whether `step` has something to compute, to copy, to collect or to return."""
+        if self._sequences or self._steps or self._ended:
+            return True
+        return self._tiers is not None and self._tiers.has_copies
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request; its outputs come from `step`, the last one says how it ended.
@@ -113,6 +166,8 @@ class Engine:
         self._next_expiry_s = min(self._next_expiry_s, sequence.expires_s)
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
+        if self._tiers is not None:
+            self._tiers.begin(sequence, self.step_time.cost)
 
     def abort(self, request_id: str) -> None:
         """End a request; the next `step` returns its last output. An unknown one is fine.
@@ -132,10 +187,17 @@ class Engine:
             UnavailableError: The executor failed: call `abort_all`.
         """
         self._end_expired()
+        self._move_blocks(0.0)
         while len(self._steps) < self._executor.max_in_flight and self._submit():
             pass
-        assert self._steps or not self._sequences, "requests wait, but no step is possible"
-        outputs = self._collect() if self._steps else []
+        outputs = []
+        if self._steps:
+            outputs = self._collect()
+            self._move_blocks(0.0)
+        elif self._sequences:
+            wait_s = self._scheduler.waits_until_s() - self._clock.now()
+            assert wait_s < math.inf, "requests wait, but no step is possible"
+            self._move_blocks(min(MOVES_WAIT_S, max(0.0, wait_s)))
         ended, self._ended = self._ended, []
         return ended + outputs
 
@@ -149,6 +211,7 @@ class Engine:
         for step in self._steps:
             for chunk in step.batch.chunks:
                 self._scheduler.abandon(chunk)
+            self._cache.moves_ended(step.held)
         self._steps.clear()
         for sequence in list(self._sequences.values()):
             self._ended.append(self._end(sequence, error=error))
@@ -170,12 +233,42 @@ class Engine:
             num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
             num_generated_tokens=self._num_generated_tokens,
             step_cost=self.step_time.cost,
+            cache=self._tiers.load() if self._tiers is not None else CacheLoad(),
         )
 
     @property
     def num_preemptions(self) -> int:
         """Sequences that had to give up their blocks, since start."""
         return self._scheduler.num_preemptions
+
+    @property
+    def num_preloading(self) -> int:
+        """Blocks of `preload` that are on their way."""
+        store = self._store
+        return store.num_preloading if store is not None else 0
+
+    @property
+    def num_preloaded(self) -> int:
+        """Blocks of `preload` that have come."""
+        store = self._store
+        return store.num_preloaded if store is not None else 0
+
+    @property
+    def _store(self) -> StoreTier | None:
+        return self._tiers.store if self._tiers is not None else None
+
+    def preload(self, hashes: Iterable[bytes]) -> None:
+        """Begin to fetch blocks from the store into the host tier, as many as find a place."""
+        if self._store is not None:
+            self._store.preload(list(hashes))
+
+    def flush_cache(self) -> int:
+        """Forget every cached block that no request uses, in KV cache and host tier.
+
+        Returns:
+            How many there were; one in both counts twice.
+        """
+        return self._tiers.flush() if self._tiers is not None else self._cache.flush()
 
     def take_block_events(self) -> tuple[list[bytes], list[bytes]]:
         """Return the hashes of blocks added to and removed from the cache since the last call."""
@@ -195,26 +288,45 @@ class Engine:
             assert sequence.in_flight == (sequence.seq_id in in_flight)
             assert (sequence.state is SequenceState.FINISHED) == (sequence.seq_id not in live)
         self._scheduler.check_invariants()
+        if self._store is not None:
+            self._store.check_invariants()
         self._cache.check_invariants(s.block_table for s in {**live, **in_flight}.values())
 
     def _submit(self) -> bool:
         batch = self._scheduler.schedule(self._clock.now())
-        if not batch.chunks:
+        moves, held = self._cache.take_moves()
+        if not batch.chunks and not moves:
             return False
-        step = _StepInFlight(next(self._step_ids), batch)
+        step = _StepInFlight(next(self._step_ids), batch, moves, held)
         self._steps.append(step)
         plans = tuple([chunk.sequence.plan(chunk.num_tokens) for chunk in batch.chunks])
-        self._executor.submit(StepPlan(step.step_id, plans))
+        self._executor.submit(StepPlan(step.step_id, plans, moves))
         return True
+
+    def _move_blocks(self, timeout_s: float) -> None:
+        if self._tiers is not None:
+            self._tiers.work(timeout_s, self.step_time.cost)
 
     def _collect(self) -> list[EngineOutput]:
         result = self._executor.collect(self._config.step_timeout_s)
         step = self._steps.popleft()
         assert result.step_id == step.step_id, f"step {result.step_id} came for {step.step_id}"
-        self.step_time.observe(step.batch.shape, result.elapsed_s)
+        self._cache.moves_ended(step.held)
+        self._observe(step, result.elapsed_s)
         now_s = self._clock.now()
         outputs = (self._apply(chunk, result, now_s) for chunk in step.batch.chunks)
         return [output for output in outputs if output is not None]
+
+    def _observe(self, step: _StepInFlight, elapsed_s: float) -> None:
+        """Learn from a step's time, as far as it is that of its tokens."""
+        if self._tiers is not None:
+            num_copies = len(step.moves.offloads) + len(step.moves.restores)
+            copied_s = self._tiers.copy_seconds(num_copies)
+            if copied_s > elapsed_s / 4:
+                return
+            elapsed_s -= copied_s
+        if step.batch.chunks:
+            self.step_time.observe(step.batch.shape, elapsed_s)
 
     def _apply(self, chunk: Chunk, result: StepResult, now_s: float) -> EngineOutput | None:
         """Advance a sequence by a computed chunk; return its new token, if it got one."""

@@ -25,7 +25,7 @@ class Move:
 
     move_id: int
     kind: MoveKind
-    hashes: tuple[bytes, ...]  # of the blocks, a chain in order
+    hashes: tuple[bytes, ...]  # of the blocks, a chain in order; none asks whether it answers
     slots: tuple[int, ...] = ()  # of the host tier, one per block; none for FIND
     is_pinned: bool = False  # of PUT: keep these until they are released
 

@@ -3,13 +3,22 @@
 Whoever references a block references all before it, and releases them last first. So a block is
 always released after its successors, eviction eats a chain from its end, and the predecessor of a
 cached block is cached: no entry is out of reach of `match`.
+
+With a host tier below, what is evicted is copied there first, and what is there comes back:
+
+    cached ──evicted──► host tier ──fill──► cached     copied before the next step computes
+
+A step copies no more than `max_moves` says, so that those who decode beside it do not notice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from cluster.engine.block_events import BlockEvents
 from cluster.engine.block_pool import BlockPool
+from cluster.engine.host_tier import HostTier
+from cluster.step import BlockMoves
 
 
 class PrefixCache:
@@ -18,16 +27,29 @@ class PrefixCache:
     Args:
         pool: The blocks; only this cache may change it.
         is_enabled: False finds and keeps nothing.
+        host: The tier below, which has the same events; None is none.
+        events: Hears of what comes and goes; None makes some of its own.
     """
 
-    def __init__(self, pool: BlockPool, *, is_enabled: bool) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        is_enabled: bool,
+        host: HostTier | None = None,
+        events: BlockEvents | None = None,
+    ) -> None:
         self.is_enabled = is_enabled
+        self.max_moves = 0  # blocks that the next step may still copy
+        self.num_evictions = 0
         self._pool = pool
+        self._host = host
+        self._events = events or BlockEvents()
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
-        # What changed since `take_events`, as ordered sets; neither outgrows the pool.
-        self._added: dict[bytes, None] = {}
-        self._removed: dict[bytes, None] = {}
+        self._offloads: list[tuple[int, int]] = []  # of the next step: block, slot
+        self._restores: list[tuple[int, int]] = []  # of the next step: slot, block
+        self._held: list[bytes] = []  # in the host tier: what the next step copies
 
     @property
     def num_blocks(self) -> int:
@@ -66,10 +88,12 @@ class PrefixCache:
         blocks = []
         for _ in range(num_new_blocks):
             block = self._pool.allocate()
-            evicted = self._hash_of.pop(block, None)
+            evicted = self._hash_of.get(block)
             if evicted is not None:
-                del self._block_of[evicted]
-                self._note(evicted, self._removed, self._added)
+                self.copy_to_host(evicted)
+                del self._hash_of[block], self._block_of[evicted]
+                self._events.leave(evicted)
+                self.num_evictions += 1
             blocks.append(block)
         return blocks
 
@@ -94,26 +118,103 @@ class PrefixCache:
         if known is None:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
-            self._note(block_hash, self._added, self._removed)
+            self._events.enter(block_hash)
             return block
         self._pool.acquire(known)
         self._pool.release(block, keep=False)
         return known
 
+    def fill(self, block_hash: bytes, block: int) -> int | None:
+        """Enter a block whose content is in some tier; return the block to use from now on.
+
+        Args:
+            block_hash: Of the tokens up to the block's end.
+            block: The caller holds its only reference; nothing is in it.
+
+        Returns:
+            As `register`; None where no tier has it, or the next step may copy no more: see `has`.
+        """
+        if block_hash in self._block_of:
+            return self.register(block_hash, block)
+        if self._host is None or block_hash not in self._host or self.max_moves <= 0:
+            return None
+        self.max_moves -= 1
+        self._held.append(block_hash)
+        self._restores.append((self._host.hold(block_hash), block))
+        self._host.use(block_hash)
+        return self.register(block_hash, block)
+
+    def has(self, block_hash: bytes) -> bool:
+        """Return whether any tier of this replica has a block."""
+        return block_hash in self._block_of or (self._host is not None and block_hash in self._host)
+
+    def copy_to_host(self, block_hash: bytes, uses: int = 1) -> bool:
+        """Let the next step copy a cached block to the host tier, if it may; return if it is there.
+
+        Args:
+            block_hash: Of a block that is cached here or there.
+            uses: Of the block so far.
+        """
+        host = self._host
+        if host is None:
+            return False
+        if block_hash in host:
+            return True
+        block = self._block_of.get(block_hash)
+        if block is None or self.max_moves <= 0 or (slot := host.reserve()) is None:
+            return False
+        self.max_moves -= 1
+        host.commit(slot, block_hash, uses=uses)
+        host.fill(block_hash)
+        self._held.append(block_hash)
+        self._offloads.append((block, slot))
+        return True
+
+    def copy_oldest_to_host(self, num_blocks: int) -> None:
+        """Copy what is evicted next and the host tier lacks, as far as the next step may."""
+        for block in self._pool.oldest_kept(num_blocks):
+            if self.max_moves <= 0:
+                return
+            self.copy_to_host(self._hash_of[block])
+
+    def take_moves(self) -> tuple[BlockMoves, list[bytes]]:
+        """Return what the next step copies, which has to be the next one, and which blocks.
+
+        The caller gives these to `moves_ended` when the step is over: until then their slots are
+        read or written.
+        """
+        moves = BlockMoves(tuple(self._offloads), tuple(self._restores))
+        held, self._held = self._held, []
+        self._offloads.clear()
+        self._restores.clear()
+        return moves, held
+
+    def moves_ended(self, held: Iterable[bytes]) -> None:
+        """Let go of the blocks that a step has copied."""
+        if self._host is not None:
+            for block_hash in held:
+                self._host.copied(block_hash)
+
+    def flush(self) -> int:
+        """Forget every cached block that nobody references; return how many."""
+        blocks = self._pool.free_kept()
+        for block in blocks:
+            block_hash = self._hash_of.pop(block)
+            del self._block_of[block_hash]
+            self._events.leave(block_hash)
+        return len(blocks)
+
     def take_events(self) -> tuple[list[bytes], list[bytes]]:
-        """Return the hashes added and removed since the last call, each in order.
+        """Return the hashes added and removed since the last call, in any tier, each in order.
 
         A hash that came and went in between is in neither: an index that removes and adds these
         equals `hashes()`.
         """
-        events = list(self._added), list(self._removed)
-        self._added.clear()
-        self._removed.clear()
-        return events
+        return self._events.take()
 
     def hashes(self) -> list[bytes]:
-        """Return the hashes of all cached blocks, in the order in which they were entered."""
-        return list(self._block_of)
+        """Return the hashes of all blocks in any tier, in the order in which they were entered."""
+        return self._events.hashes()
 
     def check_invariants(self, tables: Iterable[Sequence[int]]) -> None:
         """Assert that the books are right.
@@ -129,13 +230,7 @@ class PrefixCache:
         for block, count in enumerate(counts):
             assert self._pool.ref_count(block) == count, f"{block=}: {count} tables hold it"
         assert {block: h for h, block in self._block_of.items()} == self._hash_of
-        assert self._added.keys() <= self._block_of.keys()
-        assert not self._removed.keys() & self._block_of.keys()
-
-    @staticmethod
-    def _note(block_hash: bytes, into: dict[bytes, None], opposite: dict[bytes, None]) -> None:
-        """Note an event, or undo the opposite one that nobody has seen yet."""
-        if block_hash in opposite:
-            del opposite[block_hash]
-        else:
-            into[block_hash] = None
+        assert not self._offloads and not self._restores and not self._held, "moves are left over"
+        self._events.check_invariants()
+        if self._host is not None:
+            self._host.check_invariants()

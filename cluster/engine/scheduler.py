@@ -14,6 +14,10 @@ of the waiting ones; what it generated becomes part of the prompt that it comput
 every running sequence came before every waiting one, the first one always gets what it needs, and
 nothing starves. Nor do chunks and decodes starve each other: decodes go first, and a sequence joins
 them only with a token of the budget that they left over, so that they never outgrow it.
+
+Blocks of a prompt that a tier below the KV cache has are not computed. A sequence whose blocks are
+on their way from the store computes those before them, then waits, for a time: it holds blocks and
+a place, and takes part in no step.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from cluster.engine.pace import step_limit_s
 from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.sequence import Sequence, SequenceState
 from cluster.engine.step_time import StepTimeModel, max_prompt_tokens
+from cluster.engine.tiers import Tiers
 from cluster.errors import OverloadedError
 from cluster.types import StepShape
 
@@ -67,9 +72,9 @@ class Batch:
         self._add(sequence, 1)
         self.context_tokens += sequence.num_computed_tokens
 
-    def add_prompt(self, sequence: Sequence) -> None:
-        """Take as many tokens of a prompt as the budget allows; it is in flight from now on."""
-        num_tokens = min(sequence.num_remaining_tokens, self.budget_tokens)
+    def add_prompt(self, sequence: Sequence, most: int) -> None:
+        """Take up to `most` tokens of a prompt, within the budget; it is in flight from now on."""
+        num_tokens = min(most, self.budget_tokens)
         self._add(sequence, num_tokens)
         self.num_prompt_tokens += num_tokens
         self.prompt_work += num_tokens * (sequence.num_computed_tokens + num_tokens / 2)
@@ -108,6 +113,7 @@ class Scheduler:
         self._block_size = block_size
         self._max_in_flight = max_in_flight
         self._max_num_running = config.max_num_seqs * max_in_flight
+        self.tiers: Tiers | None = None  # below the cache
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()
         self.running: dict[int, Sequence] = {}
         # Since start; a sequence that is admitted again after a preemption is not counted again.
@@ -138,14 +144,22 @@ class Scheduler:
         prompts: list[Sequence] = []
         for sequence in self.running.values():
             (decoding if sequence.is_decoding else prompts).append(sequence)
+        if self.tiers is not None:
+            self.tiers.begin_step(decoding, self._step_time.cost)
         self._take_decodes(batch, decoding)
         if prompts:  # one of them may have been preempted for a decode
             prompts = [p for p in prompts if p.state is SequenceState.RUNNING and not p.in_flight]
         if prompts or self.waiting:
             self._limit_prompts(batch, decoding, prompts, now_s)
-            self._take_begun_prompts(batch, prompts)
+            self._take_begun_prompts(batch, prompts, now_s)
             self._take_waiting(batch, now_s)
+        if self.tiers is not None:
+            self.tiers.plan_copies(computes=bool(batch.chunks))
         return batch
+
+    def waits_until_s(self) -> float:
+        """Return when the first of those that wait for the store goes on without it, at most."""
+        return min((s.fetch.until_s for s in self.running.values() if s.fetch), default=math.inf)
 
     def complete(self, chunk: Chunk) -> None:
         """Note that a chunk is computed; if its sequence ended meanwhile, free its blocks."""
@@ -169,6 +183,7 @@ class Scheduler:
         self.waiting.pop(sequence.seq_id, None)
         self.running.pop(sequence.seq_id, None)
         sequence.state = SequenceState.FINISHED
+        self._give_up_fetch(sequence)
         if not sequence.in_flight:
             self._release_blocks(sequence)
 
@@ -235,11 +250,11 @@ class Scheduler:
         least = max(0, self._config.min_prefill_tokens - batch.num_prompt_tokens)
         batch.budget_tokens = max(min(least, batch.budget_tokens), num_tokens)
 
-    def _take_begun_prompts(self, batch: Batch, prompts: list[Sequence]) -> None:
+    def _take_begun_prompts(self, batch: Batch, prompts: list[Sequence], now_s: float) -> None:
         for sequence in prompts:
             if batch.is_full:
                 return
-            batch.add_prompt(sequence)
+            self._take_prompt(batch, sequence, now_s)
 
     def _take_waiting(self, batch: Batch, now_s: float) -> None:
         while self.waiting and not batch.is_full and len(self.running) < self._max_num_running:
@@ -249,7 +264,76 @@ class Scheduler:
             if sequence.num_computed_tokens:  # what it has cached, its chunk looks at too
                 self._fit_budget(batch, sequence.num_computed_tokens)
             if not batch.is_full:
-                batch.add_prompt(sequence)
+                self._take_prompt(batch, sequence, now_s)
+
+    def _take_prompt(self, batch: Batch, sequence: Sequence, now_s: float) -> None:
+        """Take the next chunk of a prompt, unless it waits for blocks of other tiers."""
+        most = sequence.num_remaining_tokens
+        if sequence.catches_up:
+            num_computed_tokens = sequence.num_computed_tokens
+            if not self._catch_up(sequence, now_s):
+                return
+            most = sequence.num_remaining_tokens
+            if sequence.num_computed_tokens > num_computed_tokens:
+                self._fit_budget(batch, sequence.num_computed_tokens)
+                if batch.is_full:
+                    return
+            if sequence.fetch is not None:  # what is on its way need not be computed
+                ahead = sequence.fetch.start * self._block_size - sequence.num_computed_tokens
+                most = min(most, ahead) if ahead > 0 else most
+        batch.add_prompt(sequence, most)
+
+    def _catch_up(self, sequence: Sequence, now_s: float) -> bool:
+        """Take the blocks that come next from other tiers; return whether to compute now."""
+        index, offset = divmod(sequence.num_computed_tokens, self._block_size)
+        if offset:
+            return True
+        table = list(sequence.block_table)
+        first = index
+        while index < sequence.num_matchable_blocks:
+            block = self._cache.fill(sequence.block_hash(index), table[index])
+            if block is None:
+                break
+            table[index] = block
+            index += 1
+        if index > first:
+            if sequence.is_first_run:
+                self._note_hits(sequence, first, index)
+            sequence.block_table = tuple(table)
+            sequence.num_registered_blocks = index
+            sequence.num_computed_tokens = index * self._block_size
+        return self._goes_on(sequence, index, now_s)
+
+    def _note_hits(self, sequence: Sequence, first: int, end: int) -> None:
+        num_tokens = (end - first) * self._block_size
+        sequence.num_cached_tokens += num_tokens
+        self.num_prefix_hit_tokens += num_tokens
+        assert self.tiers is not None, "only tiers let a sequence catch up"
+        self.tiers.note_hits(sequence, first, end, self._step_time.cost)
+
+    def _goes_on(self, sequence: Sequence, index: int, now_s: float) -> bool:
+        """Return whether a sequence computes block `index`, which it could not fill."""
+        is_missing = index < sequence.num_matchable_blocks
+        if is_missing and self._cache.has(sequence.block_hash(index)):
+            return False  # the next step copies it
+        fetch = sequence.fetch
+        if is_missing and fetch is not None:
+            if index < fetch.start:
+                return True
+            if fetch.num_open and index < fetch.end:
+                if now_s < fetch.until_s:
+                    return False
+                if self.tiers is not None:
+                    self.tiers.note_late()
+        sequence.catches_up = False
+        self._give_up_fetch(sequence)
+        return True
+
+    def _give_up_fetch(self, sequence: Sequence) -> None:
+        """Wait for nothing any more; what is on its way comes to the host tier all the same."""
+        if sequence.fetch is not None:
+            sequence.fetch.is_given_up = True
+            sequence.fetch = None
 
     def _reserve_next_token(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the block that its next token needs, or return False: wait.
@@ -275,6 +359,8 @@ class Scheduler:
         sequence.state = SequenceState.WAITING
         self._release_blocks(sequence)
         sequence.num_computed_tokens = 0
+        sequence.is_first_run = False
+        self._give_up_fetch(sequence)
 
     def _admit(self, sequence: Sequence, now_s: float) -> bool:
         """Let a waiting sequence run if all of its tokens so far find blocks.
@@ -282,8 +368,7 @@ class Scheduler:
         All, not those of the first chunk: a prompt that is begun is not given up halfway because
         two prompts took the blocks that were enough for one.
         """
-        # At least the last token is computed: its logits choose the next one.
-        num_matchable = (sequence.num_tokens - 1) // self._block_size
+        num_matchable = sequence.num_matchable_blocks
         matched = self._cache.match(sequence.block_hash(i) for i in range(num_matchable))
         num_new_blocks = -(-sequence.num_tokens // self._block_size) - len(matched)
         if not self._cache.has_room(matched, num_new_blocks):
@@ -297,6 +382,11 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_prefix_query_tokens += sequence.num_prompt_tokens
             self.num_prefix_hit_tokens += sequence.num_cached_tokens
+            if self.tiers is not None:
+                self.tiers.note_prompt(sequence)
+        sequence.catches_up = self.tiers is not None and len(matched) < num_matchable
+        if not sequence.catches_up:
+            self._give_up_fetch(sequence)
         sequence.state = SequenceState.RUNNING
         self.running[sequence.seq_id] = self.waiting.pop(sequence.seq_id)
         return True
@@ -309,6 +399,8 @@ class Scheduler:
         table = list(sequence.block_table)
         for index in range(sequence.num_registered_blocks, num_full):
             table[index] = self._cache.register(sequence.block_hash(index), table[index])
+            if self.tiers is not None:
+                self.tiers.note_block(sequence, index)
         sequence.block_table = tuple(table)
         sequence.num_registered_blocks = num_full
 

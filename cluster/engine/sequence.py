@@ -18,11 +18,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from cluster.errors import InvalidArgumentError
 from cluster.kvstore.block_hash import child_hash, root_hash
 from cluster.step import SampleSpec, SequenceStep
 from cluster.types import EngineRequest, FinishReason
+
+if TYPE_CHECKING:
+    from cluster.engine.store_tier import Fetch
 
 
 class SequenceState(Enum):
@@ -62,9 +66,12 @@ class Sequence:
         "admitted_s",
         "arrived_s",
         "block_table",
+        "catches_up",
         "expires_s",
+        "fetch",
         "first_token_s",
         "in_flight",
+        "is_first_run",
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -83,6 +90,7 @@ class Sequence:
         self.seq_id = seq_id
         self.request = request
         self.state = SequenceState.WAITING
+        self.is_first_run = True  # it was never preempted
         self.in_flight = False  # part of a step that is submitted and not collected
 
         self.token_ids = list(request.prompt_token_ids)  # prompt, then output
@@ -93,6 +101,8 @@ class Sequence:
         # A tuple, because every plan carries it: it is rebuilt once per block, not once per step.
         self.block_table: tuple[int, ...] = ()
         self.num_registered_blocks = 0  # the first ones of the table are in the prefix cache
+        self.catches_up = False  # blocks of its prompt may come from tiers below the KV cache
+        self.fetch: Fetch | None = None  # what was asked of the store for it
 
         self.arrived_s = arrived_s  # seconds by the engine's clock, like the next three
         self.admitted_s: float | None = None  # first time
@@ -127,6 +137,11 @@ class Sequence:
             len(self.token_ids) == self.num_computed_tokens + 1
             and len(self.token_ids) > self.num_prompt_tokens
         )
+
+    @property
+    def num_matchable_blocks(self) -> int:
+        """Full blocks that need not be computed: the last token is, its logits choose the next."""
+        return (len(self.token_ids) - 1) // self._block_size
 
     def block_hash(self, index: int) -> bytes:
         """Return the hash of block `index`, all of whose tokens are known."""

@@ -14,16 +14,23 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
+from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from cluster.autoscaler.actuator import environment, scaling_options
 from cluster.config import ClusterConfig, StoreConfig, parse_config
 from cluster.errors import ConfigError, SluiceError, UnavailableError
+from cluster.gateway.fleet_metrics import FleetCollector
 from cluster.gateway.grpc_server import GatewayServer
+from cluster.gateway.identity import Authenticator
 from cluster.gateway.listen import check_port_free, check_tls_files
+from cluster.gateway.metrics_server import MetricsServer
+from cluster.kvstore.block_store import BlockStore
 from cluster.kvstore.embedded_actor import delete_actor
-from cluster.kvstore.open import open_store
+from cluster.kvstore.open import open_block_store, open_store
+from cluster.kvstore.store import Store
+from cluster.metrics import Metrics
 from cluster.model.checkpoint import check_layout, check_quantization, inspect_checkpoint
 from cluster.model.collective import check_compiler
 from cluster.model.footprint import check_fits
@@ -46,10 +53,22 @@ class Gateway:
         del groups  # Serve deploys them with the gateway; requests do not go through the handle
         self._config = parse_config(config)
         self._store = open_store(self._config.store)
+        self._block_store = open_block_store(self._config.store)
         self._gateway_id = serve.get_replica_context().replica_id.unique_id
-        self._server = GatewayServer(self._config, store=self._store, gateway_id=self._gateway_id)
+        registry = CollectorRegistry()
+        self._server = GatewayServer(
+            self._config,
+            store=self._store,
+            gateway_id=self._gateway_id,
+            block_store=self._block_store,
+            metrics=Metrics(registry),
+        )
         port = await self._server.start()
         host = self._config.gateway.host
+        self._metrics_server = MetricsServer(registry)
+        if self._config.gateway.metrics_port:
+            registry.register(FleetCollector(self._server.snapshots, lambda: self._store.state))
+            await self._metrics_server.start(host, self._config.gateway.metrics_port)
         if host in WILDCARD_HOSTS:
             host = ray.util.get_node_ip_address()
         self._address = f"{host}:{port}"
@@ -77,9 +96,12 @@ class Gateway:
         """Let streams finish, then end: Serve calls this on scale-down, upgrade and shutdown."""
         self._lease.cancel()
         await self._server.stop(self._config.gateway.drain_timeout_s)
+        await self._metrics_server.stop()
         with contextlib.suppress(SluiceError):
             await self._store.drop_lease(GATEWAY_LEASES, self._gateway_id)
         await self._store.close()
+        if self._block_store is not None:
+            await self._block_store.close()
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -140,34 +162,37 @@ def check(config: ClusterConfig, *, is_local: bool = True) -> None:
     if is_local:
         check_port_free(config.gateway)
         check_tls_files(config.gateway)
+        Authenticator(config.auth)
         check_fits(info, config)
         check_kernels(info, config.model)
     check_store(config.store)
 
 
 def check_store(config: StoreConfig) -> None:
-    """Raise if the store's URL cannot be used, or a Redis there does not answer now.
+    """Raise if a URL of the store cannot be used, or a Redis there does not answer now.
 
     Raises:
         ConfigError: Without the URL's password.
     """
-    if config.resolved_url == "embedded":
-        return
+    url, kv_url = config.resolved_url, config.resolved_kv_url
+    if url != "embedded":
+        asyncio.run(_ping(lambda: open_store(config), "store.url"))
+    if kv_url not in ("off", "embedded", url):
+        asyncio.run(_ping(lambda: open_block_store(config), "store.kv_url"))
 
-    async def ping() -> None:
-        store = open_store(config)
-        try:
-            await store.ping()
-        finally:
-            await store.close()
 
+async def _ping(open_it: Callable[[], Store | BlockStore | None], field: str) -> None:
+    store = open_it()
+    assert store is not None, f"{field} is off"
     try:
-        asyncio.run(ping())
+        await store.ping()
     except UnavailableError as error:
         raise ConfigError(
-            f"store.url: the store does not answer ({error}): start it, or use embedded",
-            field="store.url",
+            f"{field}: the store does not answer ({error}): start it, or use embedded",
+            field=field,
         ) from error
+    finally:
+        await store.close()
 
 
 class ServingCluster:
@@ -294,7 +319,7 @@ def _stop(config: ClusterConfig, *, owns_ray: bool) -> None:
         return
     try:
         _delete_app(config)
-        if config.store.resolved_url == "embedded":
+        if "embedded" in (config.store.resolved_url, config.store.resolved_kv_url):
             delete_actor(config.store.namespace)
     finally:
         if owns_ray:

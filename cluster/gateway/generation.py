@@ -14,6 +14,8 @@ from cluster.errors import CancelledError, DeadlineError, OverloadedError, Unava
 from cluster.gateway.admission import Admission
 from cluster.gateway.answer import Answer
 from cluster.gateway.fleet import Fleet
+from cluster.gateway.identity import Authenticator
+from cluster.gateway.prefixes import Prefixes
 from cluster.gateway.routing import PromptRouting
 from cluster.gateway.status import error_from_engine
 from cluster.gateway.tokenizer import Tokenizer
@@ -35,7 +37,9 @@ class GatewayParts:
 
     config: ClusterConfig
     gateway_id: str
+    authenticator: Authenticator
     tokenizer: Tokenizer
+    prefixes: Prefixes
     fleet: Fleet
     router: Router
     admission: Admission

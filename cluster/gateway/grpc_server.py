@@ -15,28 +15,37 @@ from prometheus_client import CollectorRegistry
 from cluster.config import ClusterConfig, GatewayConfig
 from cluster.errors import UnavailableError
 from cluster.gateway.admission import Admission
+from cluster.gateway.cache_servicer import CacheServicer
 from cluster.gateway.fleet import Fleet
 from cluster.gateway.generation import GatewayParts
+from cluster.gateway.identity import Authenticator
 from cluster.gateway.listen import bind
+from cluster.gateway.prefix_keeper import PrefixKeeper
+from cluster.gateway.prefixes import Prefixes
 from cluster.gateway.servicer import InferenceServicer
+from cluster.gateway.stored_blocks import StoredBlocks
 from cluster.gateway.tokenizer import Tokenizer
-from cluster.gateway.wire import SERVICE, add_inference_service
+from cluster.gateway.wire import CACHE, INFERENCE, add_service
+from cluster.kvstore.block_store import BlockStore
 from cluster.kvstore.store import Store
 from cluster.metrics import Metrics
 from cluster.router.router import Router
+from cluster.types import ReplicaSnapshot
 
 logger = logging.getLogger(__name__)
 
+_SERVICES = (INFERENCE.full_name, CACHE.full_name)
 _STOP_GRACE_S = 1.0  # for statuses to reach clients after the last stream has ended
 
 
 class GatewayServer:
-    """Serves sluice.v1.Inference, health and reflection on one port.
+    """Serves sluice.v1.Inference, sluice.v1.Cache, health and reflection on one port.
 
     Args:
         config: Of the cluster.
-        store: Where replicas register; stays the caller's.
+        store: Where replicas and prefixes are registered; stays the caller's.
         gateway_id: Unique in the cluster.
+        block_store: Of KV blocks; None where none are stored. Stays the caller's.
         metrics: Counted into; None makes some of its own.
     """
 
@@ -46,10 +55,12 @@ class GatewayServer:
         *,
         store: Store,
         gateway_id: str,
+        block_store: BlockStore | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self._config = config
         self._store = store
+        self._block_store = block_store
         self._gateway_id = gateway_id
         self._metrics = metrics or Metrics(CollectorRegistry())
         self._admission = Admission(config.gateway)
@@ -65,6 +76,10 @@ class GatewayServer:
         """Replica groups that this gateway is connected to."""
         return len(self._fleet.table)
 
+    def snapshots(self) -> list[ReplicaSnapshot]:
+        """Return the replicas that can be routed to, with their newest load reports."""
+        return self._fleet.table.snapshots()
+
     def check_health(self) -> None:
         """Raise where this gateway serves nobody any more.
 
@@ -78,35 +93,58 @@ class GatewayServer:
         """Serve; return the port.
 
         Raises:
-            ConfigError: The port, the TLS files or the model's tokenizer cannot be used.
+            ConfigError: The port, the files of TLS or tenants, or the model's tokenizer cannot be
+                used.
         """
-        tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.model)
-        self._fleet = Fleet(self._config.replica, self._store)
-        parts = GatewayParts(
-            config=self._config,
+        parts = await self._make_parts()
+        self._observe()
+        self._server = self._make_server(parts)
+        port = bind(self._server, self._config.gateway)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.start()
+        self._fleet.start()
+        self._prefixes.start()
+        self._keeper.start()
+        self._health_task = asyncio.create_task(self._announce(), name="health")
+        logger.info("gateway %s serves on port %d", self._gateway_id, port)
+        return port
+
+    async def _make_parts(self) -> GatewayParts:
+        config = self._config
+        authenticator = Authenticator(config.auth)
+        tokenizer = await asyncio.to_thread(Tokenizer.load, config.model)
+        self._fleet = Fleet(config.replica, self._store)
+        self._prefixes = Prefixes(
+            self._store,
+            config.gateway,
+            model=config.model.served_name,
+            vocab_size=tokenizer.vocab_size,
+        )
+        return GatewayParts(
+            config=config,
             gateway_id=self._gateway_id,
+            authenticator=authenticator,
             tokenizer=tokenizer,
+            prefixes=self._prefixes,
             fleet=self._fleet,
             router=Router(self._config.router),
             admission=self._admission,
             metrics=self._metrics,
             rng=random.Random(),
         )
-        self._observe()
-        self._server = grpc.aio.server(options=_options(self._config.gateway))
-        add_inference_service(InferenceServicer(parts), self._server)
+
+    def _make_server(self, parts: GatewayParts) -> grpc.aio.Server:
+        server = grpc.aio.server(options=_options(self._config.gateway))
+        add_service(INFERENCE, InferenceServicer(parts), server)
+        blocks = StoredBlocks(self._block_store, self._fleet)
+        self._keeper = PrefixKeeper(parts, self._store, blocks)
+        add_service(CACHE, CacheServicer(parts, self._keeper, blocks), server)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
-            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+            (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        port = bind(self._server, self._config.gateway)
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._server.start()
-        self._fleet.start()
-        self._health_task = asyncio.create_task(self._announce(), name="health")
-        logger.info("gateway %s serves on port %d", self._gateway_id, port)
-        return port
+        return server
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Refuse new requests, let the present ones finish for a time, then close.
@@ -117,11 +155,13 @@ class GatewayServer:
         self._is_stopping = True
         self._admission.close()
         self._health_task.cancel()
+        await self._keeper.stop()
         await self._health.enter_graceful_shutdown()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._admission.wait_idle(), drain_timeout_s)
         if self._admission.num_inflight:
             logger.warning("%d requests did not finish in time", self._admission.num_inflight)
+        await self._prefixes.stop()
         await self._fleet.stop()
         await self._server.stop(_STOP_GRACE_S)
 
@@ -132,7 +172,7 @@ class GatewayServer:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in (health.OVERALL_HEALTH, SERVICE):
+        for service in (health.OVERALL_HEALTH, *_SERVICES):
             await self._health.set(service, status)
 
     def _observe(self) -> None:

@@ -70,6 +70,7 @@ class LeaderLink:
         self._commands: deque[engine_pb2.SessionRequest] = deque()
         self._has_commands = asyncio.Event()
         self._is_connected = False
+        self._stub: engine_pb2_grpc.EngineStub | None = None
         self._end_reason = f"replica {info.replica_id} died: try again"
         self._task = asyncio.create_task(self._run(), name=f"link {info.replica_id}")
 
@@ -103,6 +104,24 @@ class LeaderLink:
         if self._streams.pop(request_id, None) is not None:
             self._send(engine_pb2.SessionRequest(cancel=engine_pb2.Cancel(request_id=request_id)))
 
+    async def flush_cache(self, timeout_s: float) -> int:
+        """Have the replica forget every cached block that no request uses; return how many.
+
+        Raises:
+            UnavailableError: The leader is not connected, or not done in `timeout_s` seconds.
+        """
+        if self._stub is None or not self._is_connected:
+            raise UnavailableError(f"replica {self.info.replica_id} is not connected: try again")
+        try:
+            response = await self._stub.FlushCache(
+                engine_pb2.FlushCacheRequest(), timeout=timeout_s
+            )
+        except grpc.aio.AioRpcError as error:
+            raise UnavailableError(
+                f"replica {self.info.replica_id}: {error.code().name}: {error.details()}"
+            ) from error
+        return int(response.num_blocks)
+
     def _send(self, command: engine_pb2.SessionRequest) -> None:
         self._commands.append(command)
         self._has_commands.set()
@@ -128,7 +147,7 @@ class LeaderLink:
             grpc.aio.insecure_channel(self.info.address, options=_CHANNEL_OPTIONS) as channel,
             asyncio.TaskGroup() as tasks,
         ):
-            stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]
+            self._stub = stub = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]
             session = stub.Session()
             tasks.create_task(self._read_outputs(session))
             tasks.create_task(self._write_commands(session))
@@ -136,6 +155,7 @@ class LeaderLink:
 
     def _lose(self) -> None:
         self._is_connected = False
+        self._stub = None
         self._commands.clear()
         streams, self._streams = self._streams, {}
         for stream in streams.values():

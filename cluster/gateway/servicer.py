@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import math
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import grpc
 
-from cluster.errors import InvalidArgumentError, SluiceError
+from cluster.errors import InvalidArgumentError
 from cluster.gateway import validation
 from cluster.gateway.generation import ClientCall, GatewayParts
+from cluster.gateway.identity import Caller, caller_of
 from cluster.gateway.intake import limits_of, serve_request
-from cluster.gateway.status import abort
+from cluster.gateway.status import ending
+from cluster.gateway.tiers import tiers_to_proto
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.types import ReplicaInfo, ReplicaSnapshot
-
-logger = logging.getLogger(__name__)
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer:
-    """Serves clients; every method ends with an answer or a status with details."""
+    """Serves clients; every method authenticates, and ends with an answer or a status."""
 
     def __init__(self, parts: GatewayParts) -> None:
         self._parts = parts
@@ -36,9 +34,9 @@ class InferenceServicer:
     ) -> None:
         """Answer with events."""
         message = request.request
-        call = ClientCall(self._request_id(message), _remaining(context), context.write)
+        call = ClientCall(self._request_id(message), remaining_of(context), context.write)
         async with self._ending(context, call.request_id):
-            await serve_request(self._parts, message, call)
+            await serve_request(self._parts, message, call, self._caller(context))
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -57,9 +55,9 @@ class InferenceServicer:
                 response.usage.CopyFrom(event.finished.usage)
                 response.timings.CopyFrom(event.finished.timings)
 
-        call = ClientCall(response.request_id, _remaining(context), collect)
+        call = ClientCall(response.request_id, remaining_of(context), collect)
         async with self._ending(context, call.request_id):
-            await serve_request(self._parts, request, call)
+            await serve_request(self._parts, request, call, self._caller(context))
         response.text = "".join(pieces)
         return response
 
@@ -68,6 +66,7 @@ class InferenceServicer:
     ) -> inference_pb2.TokenizeResponse:
         """Answer with the token ids of a text."""
         async with self._ending(context, "-"):
+            self._caller(context)
             limits = limits_of(self._parts)
             validation.check_model(request.model, limits)
             if not request.text:
@@ -83,58 +82,50 @@ class InferenceServicer:
         self, request: inference_pb2.ListModelsRequest, context: _Context
     ) -> inference_pb2.ListModelsResponse:
         """Answer with the one model of this cluster."""
-        limits = limits_of(self._parts)
-        model = inference_pb2.Model(
-            name=limits.model, max_model_len=limits.max_model_len, vocab_size=limits.vocab_size
-        )
+        async with ending(context, "-"):
+            self._caller(context)
+            limits = limits_of(self._parts)
+            model = inference_pb2.Model(
+                name=limits.model, max_model_len=limits.max_model_len, vocab_size=limits.vocab_size
+            )
         return inference_pb2.ListModelsResponse(models=[model])
 
     async def ClusterStatus(
         self, request: inference_pb2.ClusterStatusRequest, context: _Context
     ) -> inference_pb2.ClusterStatusResponse:
         """Answer with what this gateway knows of the replica groups."""
-        fleet, admission = self._parts.fleet, self._parts.admission
-        known = {snapshot.info.replica_id: snapshot for snapshot in fleet.table.snapshots()}
-        return inference_pb2.ClusterStatusResponse(
-            replicas=[
-                _replica_status(
-                    link.info,
-                    known.get(link.info.replica_id),
-                    fleet.index.num_blocks(link.info.replica_id),
-                )
-                for link in fleet.links
-            ],
-            num_queued=admission.num_queued,
-            num_inflight=admission.num_inflight - admission.num_queued,
-            gateway_id=self._parts.gateway_id,
-        )
+        async with ending(context, "-"):
+            self._caller(context)
+            fleet, admission = self._parts.fleet, self._parts.admission
+            known = {snapshot.info.replica_id: snapshot for snapshot in fleet.table.snapshots()}
+            return inference_pb2.ClusterStatusResponse(
+                replicas=[
+                    _replica_status(
+                        link.info,
+                        known.get(link.info.replica_id),
+                        fleet.index.num_blocks(link.info.replica_id),
+                    )
+                    for link in fleet.links
+                ],
+                num_queued=admission.num_queued,
+                num_inflight=admission.num_inflight - admission.num_queued,
+                gateway_id=self._parts.gateway_id,
+            )
 
     def _request_id(self, message: inference_pb2.GenerateRequest) -> str:
         return message.request_id or uuid.UUID(int=self._parts.rng.getrandbits(128)).hex
 
-    @asynccontextmanager
-    async def _ending(self, context: _Context, request_id: str) -> AsyncIterator[None]:
-        """Turn an exception into a status, and count how the call ended."""
+    def _caller(self, context: _Context) -> Caller:
+        return caller_of(self._parts.authenticator, context)
+
+    def _ending(self, context: _Context, request_id: str) -> AbstractAsyncContextManager[None]:
         count = self._parts.metrics.requests
-        try:
-            yield
-            count.labels("OK").inc()
-        except asyncio.CancelledError:
-            count.labels("CANCELLED").inc()
-            raise
-        except SluiceError as error:
-            count.labels(error.code).inc()
-            logger.info("request %.130r ended: %s", request_id, error.code)
-            await abort(context, error)
-        except Exception:
-            count.labels("INTERNAL").inc()
-            logger.exception("request %.130r failed", request_id)
-            await abort(
-                context, SluiceError(f"internal error, see the gateway's log for {request_id!r}")
-            )
+        return ending(context, request_id, lambda code: count.labels(code).inc())
 
 
-def _remaining(context: _Context) -> Any:
+def remaining_of(context: _Context) -> Callable[[], float | None]:
+    """Return what tells the seconds to a call's deadline; None is no bound."""
+
     def remaining_s() -> float | None:
         seconds: float | None = context.time_remaining()
         return None if seconds is None or math.isinf(seconds) else seconds
@@ -169,4 +160,5 @@ def _replica_status(
         status.num_prefix_query_tokens = load.num_prefix_query_tokens
         status.num_prefix_hit_tokens = load.num_prefix_hit_tokens
         status.num_generated_tokens = load.num_generated_tokens
+        status.cache.CopyFrom(tiers_to_proto(load.cache))
     return status

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
 import grpc
-from google.protobuf.any_pb2 import Any
+from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
@@ -18,6 +24,8 @@ from cluster.errors import (
     SluiceError,
     UnavailableError,
 )
+
+logger = logging.getLogger(__name__)
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _DOMAIN = "sluice"
@@ -57,7 +65,7 @@ def status_of(error: SluiceError) -> Status:
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     status = Status(code=grpc.StatusCode[error.code].value[0], message=message)
     for detail in details:
-        packed = Any()
+        packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
     return status
@@ -71,3 +79,33 @@ async def abort(context: grpc.aio.ServicerContext[Message, Message], error: Slui
         status.message,
         ((_DETAILS_KEY, status.SerializeToString()),),
     )
+
+
+@asynccontextmanager
+async def ending(
+    context: grpc.aio.ServicerContext[Any, Any],
+    call_id: str,
+    count: Callable[[str], object] | None = None,
+) -> AsyncIterator[None]:
+    """Turn what a method raises into a status.
+
+    Args:
+        context: Of the call.
+        call_id: Says in logs which call it was.
+        count: Gets the name of the code that the call ended with.
+    """
+    counted = count or (lambda code: None)
+    try:
+        yield
+        counted("OK")
+    except asyncio.CancelledError:
+        counted("CANCELLED")
+        raise
+    except SluiceError as error:
+        counted(error.code)
+        logger.info("request %.130r ended: %s", call_id, error.code)
+        await abort(context, error)
+    except Exception:
+        counted("INTERNAL")
+        logger.exception("request %.130r failed", call_id)
+        await abort(context, SluiceError(f"internal error, see the gateway's log for {call_id!r}"))

@@ -52,17 +52,21 @@ class Tokenizer:
         max_model_len = config.max_model_len or text_config.max_position_embeddings
         return cls(backend, vocab_size=text_config.vocab_size, max_model_len=max_model_len)
 
-    async def encode(self, text: str) -> tuple[int, ...]:
+    async def encode(self, text: str, *, continues: bool = False) -> tuple[int, ...]:
         """Return the token ids of a text, with what the model expects around it.
 
         Long texts are encoded in a thread, so that no stream waits for them.
+
+        Args:
+            text: Any.
+            continues: It follows other tokens, so the model expects nothing around it.
         """
         if len(text) <= _INLINE_CHARS:
-            return self._encode(text)
-        return await asyncio.to_thread(self._encode, text)
+            return self._encode(text, continues)
+        return await asyncio.to_thread(self._encode, text, continues)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._backend.encode(text).ids)
+    def _encode(self, text: str, continues: bool) -> tuple[int, ...]:
+        return tuple(self._backend.encode(text, add_special_tokens=not continues).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, special ones left out."""

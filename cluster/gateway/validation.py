@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 
 from cluster.config import GatewayConfig
 from cluster.errors import InvalidArgumentError, NotFoundError
-from cluster.rpc.sluice.v1 import inference_pb2
+from cluster.rpc.sluice.v1 import cache_pb2, inference_pb2
 from cluster.types import SamplingParams
 
 _MAX_REQUEST_ID_CHARS = 128
 _MAX_STOP_TOKEN_IDS = 128
+HasPrompt = (
+    inference_pb2.GenerateRequest | cache_pb2.RegisterPrefixRequest | cache_pb2.InspectCacheRequest
+)
 _UNSET = 0  # max_tokens that the client left to the server
 
 
@@ -52,7 +55,7 @@ def check_request_id(request_id: str) -> None:
         )
 
 
-def check_prompt_given(message: inference_pb2.GenerateRequest) -> None:
+def check_prompt_given(message: HasPrompt) -> None:
     """Raise if there is nothing to continue.
 
     Raises:
@@ -65,15 +68,20 @@ def check_prompt_given(message: inference_pb2.GenerateRequest) -> None:
         raise InvalidArgumentError(f"{kind} is empty: give at least one token", field=kind)
 
 
-def check_token_ids(token_ids: Sequence[int], limits: Limits) -> None:
+def check_token_ids(token_ids: Sequence[int], limits: Limits, *, field: str) -> None:
     """Raise unless all token ids are in the vocabulary.
+
+    Args:
+        token_ids: At least one.
+        limits: Have the vocabulary.
+        field: Where the request has them, for the error.
 
     Raises:
         InvalidArgumentError: One is not.
     """
     if max(token_ids) >= limits.vocab_size:
         index = next(i for i, token in enumerate(token_ids) if token >= limits.vocab_size)
-        raise _out_of_vocabulary(f"token_ids.ids[{index}]", token_ids[index], limits)
+        raise _out_of_vocabulary(f"{field}[{index}]", token_ids[index], limits)
 
 
 def read_sampling(
@@ -113,20 +121,34 @@ def read_sampling(
 
 
 def fit_context(
-    sampling: SamplingParams, num_prompt_tokens: int, limits: Limits, *, prompt_field: str
+    sampling: SamplingParams,
+    num_prompt_tokens: int,
+    limits: Limits,
+    *,
+    prompt_field: str,
+    num_prefix_tokens: int = 0,
 ) -> SamplingParams:
     """Return the parameters with `max_tokens` set, if prompt and answer fit the model's context.
 
+    Args:
+        sampling: As read.
+        num_prompt_tokens: Those of a registered prefix included.
+        limits: Have the model's context.
+        prompt_field: Where the request has its own part of the prompt, for errors.
+        num_prefix_tokens: Of the registered prefix.
+
     Raises:
-        InvalidArgumentError: They do not.
+        InvalidArgumentError: They do not. `prefix` is named where the prompt alone would fit.
     """
     limit = limits.max_model_len
     room = limit - num_prompt_tokens
     if room < 1:
+        with_prefix = f", {num_prefix_tokens} of them the prefix's," if num_prefix_tokens else ","
+        is_prefix = num_prefix_tokens > 0 and num_prompt_tokens - num_prefix_tokens < limit
         raise InvalidArgumentError(
-            f"the prompt has {num_prompt_tokens} tokens, limit={limit - 1} (max_model_len={limit} "
-            "less one token of answer): shorten it",
-            field=prompt_field,
+            f"the prompt has {num_prompt_tokens} tokens{with_prefix} limit={limit - 1} "
+            f"(max_model_len={limit} less one token of answer): shorten it",
+            field="prefix" if is_prefix else prompt_field,
         )
     if sampling.max_tokens == _UNSET:
         max_tokens = min(limits.gateway.default_max_tokens, room)

@@ -1,4 +1,4 @@
-"""The public service's messages as they come off the wire.
+"""The public services' messages as they come off the wire.
 
 protobuf refuses a string that is not UTF-8, and gRPC then answers INTERNAL. Here the client learns
 which field it is.
@@ -11,21 +11,24 @@ from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from cluster.errors import InvalidArgumentError
 from cluster.gateway.status import abort
-from cluster.rpc.sluice.v1 import inference_pb2
+from cluster.rpc.sluice.v1 import cache_pb2, inference_pb2
 
-SERVICE = "sluice.v1.Inference"
+INFERENCE: ServiceDescriptor = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+CACHE: ServiceDescriptor = cache_pb2.DESCRIPTOR.services_by_name["Cache"]
 _FieldDescriptor = descriptor_pb2.FieldDescriptorProto
 
 
-def add_inference_service(servicer: object, server: grpc.aio.Server) -> None:
+def add_service(service: ServiceDescriptor, servicer: object, server: grpc.aio.Server) -> None:
     """Register a servicer's methods, named as in the proto, with a server."""
-    twins = _twin_pool()
+    twins = descriptor_pool.DescriptorPool()
+    _add_twins(service.file, twins)
     handlers = {}
-    for method in inference_pb2.DESCRIPTOR.services_by_name["Inference"].methods:
+    for method in service.methods:
         request, response = method.input_type, method.output_type
         twin = message_factory.GetMessageClass(twins.FindMessageTypeByName(request.full_name))
         kind = (
@@ -35,10 +38,12 @@ def add_inference_service(servicer: object, server: grpc.aio.Server) -> None:
         )
         handlers[method.name] = kind(
             _refusing(getattr(servicer, method.name)),
-            request_deserializer=_reader(getattr(inference_pb2, request.name), twin),
-            response_serializer=getattr(inference_pb2, response.name).SerializeToString,
+            request_deserializer=_reader(message_factory.GetMessageClass(request), twin),
+            response_serializer=message_factory.GetMessageClass(response).SerializeToString,
         )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service.full_name, handlers),)
+    )
 
 
 def _refusing(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
@@ -92,13 +97,16 @@ def _first_bad_field(message: Message, prefix: str = "") -> str:
     return ""
 
 
-def _twin_pool() -> descriptor_pool.DescriptorPool:
-    """Return the API's messages with bytes in place of strings, which accept anything."""
-    file = descriptor_pb2.FileDescriptorProto.FromString(inference_pb2.DESCRIPTOR.serialized_pb)
+def _add_twins(source: FileDescriptor, pool: descriptor_pool.DescriptorPool) -> None:
+    """Add a file's messages, and those it imports, with bytes in place of strings.
+
+    Bytes accept anything.
+    """
+    for imported in source.dependencies:
+        _add_twins(imported, pool)
+    file = descriptor_pb2.FileDescriptorProto.FromString(source.serialized_pb)
     for message in file.message_type:
         for field in message.field:
             if field.type == _FieldDescriptor.TYPE_STRING:
                 field.type = _FieldDescriptor.TYPE_BYTES
-    pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return pool

@@ -1,1 +1,1 @@
-"""The store that replicas share: leases, KV blocks, journals; embedded or Redis."""
+"""What replicas share: KV blocks, leases, journals, records; embedded or in Redis."""

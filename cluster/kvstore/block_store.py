@@ -17,6 +17,11 @@ from typing import Protocol
 Buffer = bytes | bytearray | memoryview
 
 
+def nbytes(buffer: Buffer) -> int:
+    """Return how many bytes a buffer has, whatever its items are."""
+    return buffer.nbytes if isinstance(buffer, memoryview) else len(buffer)
+
+
 @dataclass(frozen=True, slots=True)
 class BlockStoreStats:
     """The books of a block store."""
@@ -37,16 +42,22 @@ class FetchedBlocks:
 
 
 class BlockStore(Protocol):
-    """The contract; `embedded_blocks.py` and `redis_blocks.py` keep it, one suite holds them to it."""
+    """The contract of `embedded_blocks.py` and `redis_blocks.py`; one suite holds them to it."""
 
     async def put_blocks(
-        self, blocks: Mapping[bytes, Buffer], *, pinned: bool = False
+        self, blocks: Mapping[bytes, Buffer], *, pinned: bool = False, position: int = 0
     ) -> list[bool]:
         """Write a chain's blocks, first one first; return which are stored now.
 
         The budget holds at all times: the least valuable blocks make room. A block that has no
         place even then is not stored. Pinned blocks are spared, as long as they are at most half of
-        the budget; further ones are stored like others.
+        the budget; further ones are stored like others. Room for a block is never made by another
+        one of the same call, so of a chain that is too long the first blocks stay.
+
+        Args:
+            blocks: By key.
+            pinned: Spare them.
+            position: Place of the first one in its chain, where it is written in several calls.
         """
         ...
 

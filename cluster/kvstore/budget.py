@@ -1,35 +1,28 @@
-"""What a block costs of a store's byte budget, and which blocks of a batch have a place in it."""
+"""What a block takes of a store's byte budget.
+
+In Redis that is more than its payload: the allocator rounds large values up by as much as a quarter
+(jemalloc has four sizes per power of two), and each block has a key, a frame and its places in the
+indexes. The embedded store counts alike, so that a budget means one thing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from cluster.kvstore.codec import HEADER_BYTES
 
-BLOCK_OVERHEAD_BYTES = 256
-"""What a stored block takes beyond its payload: key, frame, places in the indexes.
+FRAME_BYTES = HEADER_BYTES + 26 + 12  # of a value: codec.py, the key in it, the string's own header
+BLOCK_OVERHEAD_BYTES = 576
+"""Beyond the value: key, TTL, order, books.
 
-Counted so that a million empty blocks are not free.
+Measured on Redis 7.0 with jemalloc: 510 bytes a block, with a namespace of six letters.
 """
 
 
-def block_cost(payload: bytes) -> int:
+def block_cost(num_payload_bytes: int) -> int:
     """Return the bytes that a block counts in `StoreConfig.max_bytes`."""
-    return len(payload) + BLOCK_OVERHEAD_BYTES
+    return _allocated(num_payload_bytes + FRAME_BYTES) + BLOCK_OVERHEAD_BYTES
 
 
-def newest_that_fit(blocks: Mapping[bytes, bytes], max_bytes: int) -> dict[bytes, bytes]:
-    """Return what is left of a batch after it was written to an empty LRU cache of `max_bytes`.
-
-    A block that is larger than the budget is left out; of the others the longest suffix that fits
-    stays, in order. With it, a batch never evicts its own blocks.
-    """
-    kept: list[tuple[bytes, bytes]] = []
-    num_bytes = 0
-    for key, payload in reversed(list(blocks.items())):
-        cost = block_cost(payload)
-        if cost > max_bytes:
-            continue
-        num_bytes += cost
-        if num_bytes > max_bytes:
-            break
-        kept.append((key, payload))
-    return dict(reversed(kept))
+def _allocated(num_bytes: int) -> int:
+    """Return what jemalloc takes for `num_bytes`: the next of four sizes per power of two."""
+    step = max(16, 1 << max(0, (num_bytes - 1).bit_length() - 3))
+    return -(-num_bytes // step) * step

@@ -1,22 +1,22 @@
-"""A store in the memory of one process: the one-machine default, and the model of a right store.
+"""Leases, journals and records in the memory of one process: the one-machine default.
 
-    blocks     LRU order, oldest first     | b7 | b2 | b9 | b4 |     evicted from the left
     journals   order of the last append    | j3 | j1 | j8 |          dropped from the left
 
 It answers at once and never raises `UnavailableError`: `embedded_actor.py` puts it into a process
-of its own, where a deadline has a meaning.
+of its own, where a deadline has a meaning. It is the model of a right store, too.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.clock import Clock
 from cluster.config import StoreConfig
 from cluster.errors import OverloadedError
-from cluster.kvstore.budget import block_cost, newest_that_fit
+from cluster.kvstore.store import MAX_RECORDS, Records, check_record, too_many_records
 
 MAX_JOURNAL_BYTES = 64 * 2**20
 _ENTRY_OVERHEAD_BYTES = 64
@@ -39,7 +39,7 @@ class EmbeddedStore:
     """The `Store` protocol on plain dictionaries.
 
     Args:
-        config: TTLs and the budget of blocks.
+        config: TTL of journals.
         clock: For the TTLs.
         max_journal_bytes: Budget of all journals; the longest untouched ones make room.
     """
@@ -51,8 +51,9 @@ class EmbeddedStore:
         self._clock = clock
         self._max_journal_bytes = max_journal_bytes
         self._leases: dict[str, dict[str, _Expiring]] = {}
-        self._blocks: OrderedDict[bytes, _Expiring] = OrderedDict()
-        self._block_bytes = 0
+        self._records: dict[str, dict[str, bytes]] = {}
+        self._born = uuid.uuid4().hex  # no version of another life of this store is like ours
+        self._num_changes: dict[str, int] = {}
         self._journals: OrderedDict[str, _Journal] = OrderedDict()
         self._journal_bytes = 0
 
@@ -70,31 +71,33 @@ class EmbeddedStore:
         """Return the live leases of a kind, ordered by key."""
         return {key: lease.value for key, lease in sorted(self._live_leases(kind).items())}
 
-    async def put_blocks(self, blocks: Mapping[bytes, bytes]) -> int:
-        """Write blocks, oldest given first; return how many of them are stored now."""
-        fitting = newest_that_fit(blocks, self._config.max_bytes)
-        expires_s = self._clock.now() + self._config.kv_ttl_s
-        for key in fitting:
-            self._drop_block(key)
-        self._make_room(sum(map(block_cost, fitting.values())))
-        for key, value in fitting.items():
-            self._blocks[key] = _Expiring(value, expires_s)
-            self._block_bytes += block_cost(value)
-        return len(fitting)
+    async def put_record(self, kind: str, key: str, value: bytes) -> None:
+        """Keep `value` under `key` until it is dropped; replaces.
 
-    async def get_blocks(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the bytes of each block and mark it as used; None where it is missing."""
-        found: list[bytes | None] = []
-        for key in keys:
-            block = self._live_block(key)
-            if block is not None:
-                self._blocks.move_to_end(key)
-            found.append(block.value if block else None)
-        return found
+        Raises:
+            InvalidArgumentError: The value is too long.
+            OverloadedError: There are too many.
+        """
+        check_record(kind, key, value)
+        records = self._records.setdefault(kind, {})
+        if len(records) >= MAX_RECORDS and key not in records:
+            raise OverloadedError(too_many_records(kind))
+        records[key] = value
+        self._num_changes[kind] = self._num_changes.get(kind, 0) + 1
 
-    async def has_blocks(self, keys: Sequence[bytes]) -> list[bool]:
-        """Return which blocks are present, without touching their recency."""
-        return [self._live_block(key) is not None for key in keys]
+    async def drop_record(self, kind: str, key: str) -> None:
+        """Make `key` absent now; absent already is fine."""
+        if self._records.get(kind, {}).pop(key, None) is not None:
+            self._num_changes[kind] += 1
+
+    async def list_records(self, kind: str, known_version: str = "") -> Records:
+        """Return the records of a kind, ordered by key, unless `known_version` is theirs still."""
+        if kind not in self._num_changes:
+            return Records("", {})
+        version = f"{self._born}:{self._num_changes[kind]}"
+        if version == known_version:
+            return Records(version, None)
+        return Records(version, dict(sorted(self._records[kind].items())))
 
     async def append_journal(self, key: str, entries: Sequence[bytes]) -> int:
         """Append entries in order; return the journal's length after it. Renews its TTL.
@@ -138,9 +141,7 @@ class EmbeddedStore:
         """Do nothing: there is no connection."""
 
     def check_invariants(self) -> None:
-        """Assert that the counters are what is stored, and within the budgets."""
-        assert self._block_bytes == sum(block_cost(b.value) for b in self._blocks.values())
-        assert self._block_bytes <= self._config.max_bytes
+        """Assert that the counter of journals is what is stored, and within the budget."""
         assert self._journal_bytes == sum(j.num_bytes for j in self._journals.values())
         assert self._journal_bytes <= self._max_journal_bytes
 
@@ -148,22 +149,6 @@ class EmbeddedStore:
         now_s = self._clock.now()
         leases = self._leases.get(kind, {})
         return {key: lease for key, lease in leases.items() if lease.expires_s > now_s}
-
-    def _live_block(self, key: bytes) -> _Expiring | None:
-        block = self._blocks.get(key)
-        if block is not None and block.expires_s <= self._clock.now():
-            self._drop_block(key)
-            return None
-        return block
-
-    def _drop_block(self, key: bytes) -> None:
-        block = self._blocks.pop(key, None)
-        if block is not None:
-            self._block_bytes -= block_cost(block.value)
-
-    def _make_room(self, num_bytes: int) -> None:
-        while self._block_bytes + num_bytes > self._config.max_bytes:
-            self._drop_block(next(iter(self._blocks)))
 
     def _live_journal(self, key: str) -> _Journal | None:
         journal = self._journals.get(key)

@@ -1,4 +1,4 @@
-"""The embedded store as a named Ray actor, and the `Store` that talks to it.
+"""The embedded stores in one named Ray actor, and the `Store` and `BlockStore` that talk to it.
 
 One actor per store namespace, whoever comes first creates it. It is detached: a gateway or a leader
 that happened to create it may die without taking it along, so `sluice serve` deletes it at its end.
@@ -17,10 +17,33 @@ from ray.exceptions import PendingCallsLimitExceeded, RayError, RayTaskError
 from cluster.clock import WallClock
 from cluster.config import StoreConfig
 from cluster.errors import UnavailableError
+from cluster.kvstore.block_store import BlockStoreStats, Buffer, FetchedBlocks
 from cluster.kvstore.embedded import EmbeddedStore
+from cluster.kvstore.embedded_blocks import EmbeddedBlocks
+from cluster.kvstore.store import Records
 
 RAY_NAMESPACE = "sluice"
 MAX_PENDING_CALLS = 1000  # per client; more are refused at once
+
+
+class EmbeddedHome:
+    """Both embedded stores, in one process.
+
+    Args:
+        config: Of both.
+    """
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._store = EmbeddedStore(config, WallClock())
+        self._blocks = EmbeddedBlocks(config, WallClock())
+
+    async def store(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the store."""
+        return await getattr(self._store, method)(*arguments)
+
+    async def blocks(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the store of blocks."""
+        return await getattr(self._blocks, method)(*arguments, **options)
 
 
 def get_or_create_actor(config: StoreConfig) -> Any:
@@ -29,7 +52,7 @@ def get_or_create_actor(config: StoreConfig) -> Any:
     An actor that exists keeps the configuration that it was created with.
     """
     return (
-        ray.remote(EmbeddedStore)
+        ray.remote(EmbeddedHome)
         .options(
             name=_actor_name(config.namespace),
             namespace=RAY_NAMESPACE,
@@ -40,7 +63,7 @@ def get_or_create_actor(config: StoreConfig) -> Any:
             max_concurrency=MAX_PENDING_CALLS,
             max_pending_calls=MAX_PENDING_CALLS,
         )
-        .remote(config, WallClock())
+        .remote(config)
     )
 
 
@@ -82,19 +105,18 @@ class EmbeddedStoreClient:
         leases: dict[str, bytes] = await self._call("list_leases", kind)
         return leases
 
-    async def put_blocks(self, blocks: Mapping[bytes, bytes]) -> int:
-        """Write blocks, oldest given first; return how many of them are stored now."""
-        return int(await self._call("put_blocks", dict(blocks)))
+    async def put_record(self, kind: str, key: str, value: bytes) -> None:
+        """Keep `value` under `key` until it is dropped; replaces."""
+        await self._call("put_record", kind, key, value)
 
-    async def get_blocks(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the bytes of each block and mark it as used; None where it is missing."""
-        found: list[bytes | None] = await self._call("get_blocks", list(keys))
-        return found
+    async def drop_record(self, kind: str, key: str) -> None:
+        """Make `key` absent now; absent already is fine."""
+        await self._call("drop_record", kind, key)
 
-    async def has_blocks(self, keys: Sequence[bytes]) -> list[bool]:
-        """Return which blocks are present, without touching their recency."""
-        found: list[bool] = await self._call("has_blocks", list(keys))
-        return found
+    async def list_records(self, kind: str, known_version: str = "") -> Records:
+        """Return the records of a kind, ordered by key, unless `known_version` is theirs still."""
+        records: Records = await self._call("list_records", kind, known_version)
+        return records
 
     async def append_journal(self, key: str, entries: Sequence[bytes]) -> int:
         """Append entries in order; return the journal's length after it. Renews its TTL."""
@@ -117,20 +139,95 @@ class EmbeddedStoreClient:
         """Do nothing: the actor belongs to the cluster."""
 
     async def _call(self, method: str, *arguments: object) -> Any:
-        """Call the actor.
+        call = self._actor.store.remote
+        return await _answered(call, self._timeout_s, method, *arguments)
 
-        Raises:
-            UnavailableError: It did not answer in time, is starting, restarting, or gone.
-        """
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await getattr(self._actor, method).remote(*arguments)
-        except TimeoutError:
-            problem = f"no answer within store.timeout_s={self._timeout_s:g}"
-        except RayTaskError:  # a bug or a refusal of the store itself
-            raise
-        except PendingCallsLimitExceeded:
-            problem = f"{MAX_PENDING_CALLS} calls are waiting for it"
-        except RayError as error:
-            problem = f"{type(error).__name__}, it restarts by itself unless it was deleted"
-        raise UnavailableError(f"embedded store, {method}: {problem}")
+
+class EmbeddedBlocksClient:
+    """The `BlockStore` protocol over an actor.
+
+    Args:
+        actor: Handle of `get_or_create_actor`.
+        timeout_s: Deadline of one call.
+    """
+
+    def __init__(self, actor: Any, timeout_s: float) -> None:
+        self._actor = actor
+        self._timeout_s = timeout_s
+
+    async def put_blocks(
+        self, blocks: Mapping[bytes, Buffer], *, pinned: bool = False, position: int = 0
+    ) -> list[bool]:
+        """Write a chain's blocks, first one first; return which are stored now."""
+        # A view cannot travel, what it shows can.
+        written = {key: bytes(payload) for key, payload in blocks.items()}
+        stored: list[bool] = await self._call(
+            "put_blocks", written, pinned=pinned, position=position
+        )
+        return stored
+
+    async def get_blocks(self, keys: Sequence[bytes]) -> FetchedBlocks:
+        """Return the bytes of each block, bit-exact, and count this as a use of those found."""
+        fetched: FetchedBlocks = await self._call("get_blocks", list(keys))
+        return fetched
+
+    async def has_blocks(self, keys: Sequence[bytes]) -> list[bool]:
+        """Return which blocks are present; no use is counted."""
+        found: list[bool] = await self._call("has_blocks", list(keys))
+        return found
+
+    async def touch_blocks(self, keys: Sequence[bytes], *, pinned: bool = False) -> list[bool]:
+        """Return which blocks are present, and count a use of them: value and TTL are renewed."""
+        found: list[bool] = await self._call("touch_blocks", list(keys), pinned=pinned)
+        return found
+
+    async def unpin_blocks(self, keys: Sequence[bytes]) -> None:
+        """Let blocks be evicted again, as if just used; absent ones are fine."""
+        await self._call("unpin_blocks", list(keys))
+
+    async def hottest(self, prefix: bytes, limit: int) -> list[bytes]:
+        """Return at most `limit` keys that begin with `prefix`: pinned ones, then by value."""
+        keys: list[bytes] = await self._call("hottest", prefix, limit)
+        return keys
+
+    async def flush(self) -> int:
+        """Forget every block; return how many."""
+        return int(await self._call("flush"))
+
+    async def stats(self) -> BlockStoreStats:
+        """Return the books."""
+        stats: BlockStoreStats = await self._call("stats")
+        return stats
+
+    async def ping(self) -> None:
+        """Return if the actor answers."""
+        await self._call("ping")
+
+    async def close(self) -> None:
+        """Do nothing: the actor belongs to the cluster."""
+
+    async def _call(self, method: str, *arguments: object, **options: object) -> Any:
+        call = self._actor.blocks.remote
+        return await _answered(call, self._timeout_s, method, *arguments, **options)
+
+
+async def _answered(
+    call: Any, timeout_s: float, method: str, *arguments: object, **options: object
+) -> Any:
+    """Call the actor.
+
+    Raises:
+        UnavailableError: It did not answer in time, is starting, restarting, or gone.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await call(method, *arguments, **options)
+    except TimeoutError:
+        problem = f"no answer within store.timeout_s={timeout_s:g}"
+    except RayTaskError:  # a bug or a refusal of the store itself
+        raise
+    except PendingCallsLimitExceeded:
+        problem = f"{MAX_PENDING_CALLS} calls are waiting for it"
+    except RayError as error:
+        problem = f"{type(error).__name__}, it restarts by itself unless it was deleted"
+    raise UnavailableError(f"embedded store, {method}: {problem}")

@@ -1,19 +1,34 @@
-"""What replicas and gateways share, and may lose at any time.
+"""What replicas and gateways share beside KV blocks, and may lose at any time.
 
 Three things with three lifetimes:
 
-    leases     who is there           seconds; renewed by the owner, gone when it is silent
-    blocks     KV cache of prefixes   up to an hour and a byte budget; a miss costs a recomputation
-    journals   tokens of a request    minutes; append and read from a position
+    leases     who is there             seconds; renewed by the owner, gone when it is silent
+    journals   tokens of a request      minutes; append and read from a position
+    records    what an operator wants   until they are dropped (registered prefixes)
 
-Every call has a deadline (`StoreConfig.timeout_s`) and raises `UnavailableError` when it passes or
-the store is out of reach. Nothing on the path of a token waits for a store.
+KV blocks are in a `BlockStore` (block_store.py). Every call has a deadline
+(`StoreConfig.timeout_s`) and raises `UnavailableError` when it passes or the store is out of reach.
+Nothing on the path of a token waits for a store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
+
+from cluster.errors import InvalidArgumentError
+
+MAX_RECORDS = 4096  # of one kind
+MAX_RECORD_BYTES = 2**20  # of one value
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The records of one kind."""
+
+    version: str  # another one after each change, also after a restart or flush; "" where none was
+    values: dict[str, bytes] | None  # by key, ordered; None: as they were at the known version
 
 
 class Store(Protocol):
@@ -31,20 +46,27 @@ class Store(Protocol):
         """Return the live leases of a kind, ordered by key."""
         ...
 
-    async def put_blocks(self, blocks: Mapping[bytes, bytes]) -> int:
-        """Write blocks, oldest given first; return how many were stored.
+    async def put_record(self, kind: str, key: str, value: bytes) -> None:
+        """Keep `value` under `key` until it is dropped; replaces.
 
-        The budget holds at all times: the least recently used blocks make room, and a block larger
-        than the budget is not stored.
+        Raises:
+            InvalidArgumentError: The value has more than `MAX_RECORD_BYTES`.
+            OverloadedError: The kind has `MAX_RECORDS` already.
         """
         ...
 
-    async def get_blocks(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the bytes of each block, bit-exact; None where missing or damaged."""
+    async def drop_record(self, kind: str, key: str) -> None:
+        """Make `key` absent now; absent already is fine."""
         ...
 
-    async def has_blocks(self, keys: Sequence[bytes]) -> list[bool]:
-        """Return which blocks are present, without touching their recency."""
+    async def list_records(self, kind: str, known_version: str = "") -> Records:
+        """Return the records of a kind, ordered by key.
+
+        Args:
+            kind: As written.
+            known_version: `Records.version` of the caller's copy: nothing is sent if it is the
+                current one. "": there is no copy.
+        """
         ...
 
     async def append_journal(self, key: str, entries: Sequence[bytes]) -> int:
@@ -66,3 +88,21 @@ class Store(Protocol):
     async def close(self) -> None:
         """Let go of connections; what is stored stays."""
         ...
+
+
+def check_record(kind: str, key: str, value: bytes) -> None:
+    """Check what every store refuses.
+
+    Raises:
+        InvalidArgumentError: The value has more than `MAX_RECORD_BYTES`.
+    """
+    assert key, "the empty key is the version's"
+    if len(value) > MAX_RECORD_BYTES:
+        raise InvalidArgumentError(
+            f"record {kind}/{key} has {len(value)} bytes, limit={MAX_RECORD_BYTES}: make it smaller"
+        )
+
+
+def too_many_records(kind: str) -> str:
+    """Return the text of the refusal of one more record."""
+    return f"{MAX_RECORDS} records of kind {kind}, limit={MAX_RECORDS}: drop some first"

@@ -9,7 +9,13 @@ import psutil
 from cluster.config import ClusterConfig
 from cluster.errors import ConfigError
 from cluster.model.checkpoint import inspect_checkpoint
-from cluster.model.layout import DTYPE_BYTES, block_bytes, num_blocks_for, stage_layers
+from cluster.model.layout import (
+    DTYPE_BYTES,
+    largest_part_bytes,
+    num_blocks_for,
+    num_host_slots_for,
+    stage_layers,
+)
 from cluster.model.model_info import ModelInfo
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -48,7 +54,7 @@ def weight_bytes_of_worker(info: ModelInfo, config: ClusterConfig) -> int:
 
 
 def check_fits(info: ModelInfo, config: ClusterConfig) -> None:
-    """Return if the groups' weights and KV caches fit into this machine's free memory.
+    """Return if the groups' weights, KV caches and host tiers fit into this machine's free memory.
 
     Args:
         info: Of the model; its layout is checked already.
@@ -63,18 +69,23 @@ def check_fits(info: ModelInfo, config: ClusterConfig) -> None:
     )
     if config.model.device != "cpu":
         return
-    cache_bytes = num_blocks * _block_bytes(info, config)
+    block_bytes = _block_bytes(info, config)
+    host_bytes = block_bytes * num_host_slots_for(
+        info, cache, config.model.dtype, parallel.tp, parallel.pp
+    )
+    cache_bytes = num_blocks * block_bytes
     weight_bytes = weight_bytes_of_worker(info, config)
     scaling = config.replica.autoscaling
     num_groups = scaling.max_replicas if scaling else config.replica.num_replicas
     num_workers = parallel.world_size * num_groups
-    wanted = num_workers * (weight_bytes + cache_bytes)
+    wanted = num_workers * (weight_bytes + cache_bytes + host_bytes)
     available = available_bytes()
     if wanted > available:
         raise ConfigError(
             f"model.path={info.folder}: {num_workers} workers x ({weight_bytes} bytes of weights + "
-            f"{cache_bytes} bytes of KV cache) = {wanted} bytes, {available} are free on this "
-            "machine: take a smaller model, model.quantization, fewer groups or a smaller cache",
+            f"{cache_bytes} bytes of KV cache + {host_bytes} bytes of host tier) = {wanted} bytes, "
+            f"{available} are free on this machine: take a smaller model, model.quantization, "
+            "fewer groups, a smaller cache or cache.host_memory_bytes",
             field="model.path",
         )
 
@@ -118,5 +129,5 @@ def available_bytes() -> int:
 
 def _block_bytes(info: ModelInfo, config: ClusterConfig) -> int:
     """Return the bytes of one KV block on the worker with most layers."""
-    most_layers = max(len(layers) for layers in stage_layers(info, config.parallel.pp))
-    return block_bytes(info, config.cache, config.model.dtype, config.parallel.tp, most_layers)
+    parallel = config.parallel
+    return largest_part_bytes(info, config.cache, config.model.dtype, parallel.tp, parallel.pp)

@@ -1,11 +1,12 @@
-"""KV blocks between a worker's cache and the host, beside the computation.
+"""KV blocks between a worker's cache and its host tier, around the computation of a step.
 
-    read    compute stream --event--> side stream: gather, copy to a pinned buffer --event--> host
-    write   host: fill a pinned buffer --> side stream: copy, scatter --event--> compute stream
+On a CPU both are memory, and blocks are copied before the step. On a GPU another stream copies:
 
-The compute stream never waits for the host, and for a write only as long as the copy of one block
-takes. Pageable memory would be copied twice, with the whole device waiting. Buffers are few and
-fixed: a caller that is faster than the bus waits for the oldest one.
+    compute stream ──► gather offloads ──event──► compute stream goes on
+                           └──► copy to slots ──► copy from slots, scatter restores ──event──►
+
+Without restores the step computes while its offloads are still on their way to the host. The slots
+are page-locked: pageable memory would be copied twice, with the whole device waiting.
 """
 
 from __future__ import annotations
@@ -16,103 +17,103 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cluster.errors import InvalidArgumentError
+from cluster.errors import ConfigError
 from cluster.kernels.kv_cache import KVCache
-
-NUM_BUFFERS = 4
-"""Blocks on their way at once."""
+from cluster.step import BlockMoves
 
 
 class BlockTransfer(Protocol):
-    """Blocks of a KV cache as bytes."""
+    """Carries out the moves of a step."""
 
-    def read_block(self, block_id: int) -> bytes:
-        """Return a block, all its layers, bit-exact."""
+    def begin(self, moves: BlockMoves) -> None:
+        """Move blocks: a step that is issued after this call finds them where they belong."""
         ...
 
-    def write_block(self, block_id: int, data: bytes) -> None:
-        """Replace a block by what `read_block` returned; later steps see it."""
+    def finish(self) -> None:
+        """Return when every move that was begun is complete, the slots' bytes included."""
         ...
 
 
-def open_transfer(cache: KVCache) -> BlockTransfer:
-    """Return how blocks of `cache` are read and written: the cache itself on a CPU."""
-    return PinnedTransfer(cache) if cache.numbers_L2BSKH.is_cuda else cache
+def open_transfer(cache: KVCache, slots: Tensor) -> BlockTransfer:
+    """Return how blocks travel between `cache` and `slots`.
+
+    Args:
+        cache: Of a worker.
+        slots: uint8 [slots, block_nbytes] on the host; the caller frees it after the last move.
+
+    Raises:
+        ConfigError: The slots are of another size: they belong to another model or layout.
+    """
+    if slots.ndim != 2 or slots.shape[1] != cache.block_nbytes:
+        raise ConfigError(
+            f"slots of shape {list(slots.shape)}, a block of this worker has {cache.block_nbytes} "
+            "bytes: they were made for another model, dtype or layout",
+            field="cache.host_memory_bytes",
+        )
+    if cache.numbers_L2BSKH.is_cuda:
+        return PinnedTransfer(cache, slots)
+    return HostTransfer(cache, slots)
+
+
+class HostTransfer:
+    """Blocks of a cache in host memory: copied at once."""
+
+    def __init__(self, cache: KVCache, slots: Tensor) -> None:
+        self._cache, self._slots = cache, slots
+
+    def begin(self, moves: BlockMoves) -> None:
+        """Copy every block."""
+        for block, slot in moves.offloads:
+            self._cache.offload(block, self._slots[slot])
+        for slot, block in moves.restores:
+            self._cache.restore(self._slots[slot], block)
+
+    def finish(self) -> None:
+        """Return: `begin` has done it all."""
 
 
 class PinnedTransfer:
     """Blocks of a cache on a GPU; one caller at a time, on the thread that computes.
 
     Args:
-        cache: Whose blocks they are; the bytes are those of its own `read_block`.
-        num_buffers: Pinned, of one block each.
+        cache: Whose blocks they are.
+        slots: Page-locked, or copies hold up the device.
     """
 
-    def __init__(self, cache: KVCache, num_buffers: int = NUM_BUFFERS) -> None:
-        self._cache = cache
+    def __init__(self, cache: KVCache, slots: Tensor) -> None:
+        self._cache, self._slots = cache, slots
         self._device = cache.numbers_L2BSKH.device
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._buffers = torch.empty(
-            (num_buffers, cache.block_nbytes), dtype=torch.uint8, pin_memory=True
-        )
-        self._is_free = [
-            torch.cuda.Event()  # type: ignore[no-untyped-call]
-            for _ in range(num_buffers)
-        ]
-        self._next = 0
+        self._gathered = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def read_block(self, block_id: int) -> bytes:
-        """Return a block as steps issued so far leave it; waits for these and for its copy."""
-        index = self._take_buffer()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            packed = pack(block_parts(self._cache, block_id))
-            self._buffers[index].copy_(packed, non_blocking=True)
-            self._is_free[index].record()
-        self._is_free[index].synchronize()
-        return self._buffers[index].numpy().tobytes()
-
-    def write_block(self, block_id: int, data: bytes) -> None:
-        """Replace a block before any step that is issued later; does not wait for the copy.
-
-        Raises:
-            InvalidArgumentError: `data` is not `block_nbytes` long.
-        """
-        if len(data) != self._cache.block_nbytes:
-            raise InvalidArgumentError(
-                f"block of {len(data)} bytes, expected {self._cache.block_nbytes}: it belongs to "
-                "another model, dtype or layout; drop it",
-                field="data",
-            )
-        index = self._take_buffer()
-        self._buffers[index].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    def begin(self, moves: BlockMoves) -> None:
+        """Issue every copy behind the steps that were issued so far; waits for none."""
         compute = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(compute)  # steps on their way may still read the block
+        self._stream.wait_stream(compute)
         with torch.cuda.stream(self._stream):
-            packed = self._buffers[index].to(self._device, non_blocking=True)
-            unpack(packed, block_parts(self._cache, block_id))
-            self._is_free[index].record()
-        compute.wait_event(self._is_free[index])
+            packed = [pack(self._cache.chunks(block)) for block, _ in moves.offloads]
+            self._gathered.record()
+            for block_bytes, (_, slot) in zip(packed, moves.offloads, strict=True):
+                self._slots[slot].copy_(block_bytes, non_blocking=True)
+            for slot, block in moves.restores:
+                fresh = self._slots[slot].to(self._device, non_blocking=True)
+                unpack(fresh, self._cache.chunks(block))
+            self._done.record()
+        compute.wait_event(self._done if moves.restores else self._gathered)
 
-    def _take_buffer(self) -> int:
-        index, self._next = self._next, (self._next + 1) % len(self._is_free)
-        self._is_free[index].synchronize()  # at once, where it was never used
-        return index
-
-
-def block_parts(cache: KVCache, block_id: int) -> list[Tensor]:
-    """Return views of a block's numbers and scales, in the order of its bytes."""
-    parts = [cache.numbers_L2BSKH, cache.scales_L2BSK]
-    return [part[:, :, block_id] for part in parts if part is not None]
+    def finish(self) -> None:
+        """Wait for the copies that `begin` issued."""
+        self._done.synchronize()  # returns at once where nothing was ever issued
 
 
 def pack(parts: Sequence[Tensor]) -> Tensor:
     """Return the bytes of `parts`, one after the other, uint8 on their device."""
-    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def unpack(packed: Tensor, parts: Sequence[Tensor]) -> None:
     """Fill `parts` with what `pack` returned."""
-    sizes = [part.numel() * part.element_size() for part in parts]
-    for part, fresh in zip(parts, torch.split(packed, sizes), strict=True):
-        part.copy_(fresh.view(part.dtype).view(part.shape))
+    fresh = torch.split(packed, [part.numel() for part in parts])
+    for part, fresh_part in zip(parts, fresh, strict=True):
+        part.copy_(fresh_part.view(part.shape))

@@ -150,8 +150,7 @@ def num_blocks_for(
     Raises:
         ConfigError: Not even one such sequence fits, or the machine has less memory free.
     """
-    most_layers = max(len(layers) for layers in stage_layers(info, pp))
-    num_bytes = block_bytes(info, cache, dtype, tp, most_layers)
+    num_bytes = largest_part_bytes(info, cache, dtype, tp, pp)
     if cache.num_blocks:
         field, got, unit_bytes = "cache.num_blocks", cache.num_blocks, 1
     else:
@@ -172,3 +171,22 @@ def num_blocks_for(
             field=field,
         )
     return num_blocks
+
+
+def num_host_slots_for(info: ModelInfo, cache: CacheConfig, dtype: str, tp: int, pp: int) -> int:
+    """Return the slots of every worker's host tier: the stage with most layers decides.
+
+    Args:
+        info: Of the model.
+        cache: `host_memory_bytes` per worker; less than one block is no host tier.
+        dtype: As in `ModelConfig.dtype`.
+        tp: Ranks per stage.
+        pp: Stages.
+    """
+    return cache.host_memory_bytes // largest_part_bytes(info, cache, dtype, tp, pp)
+
+
+def largest_part_bytes(info: ModelInfo, cache: CacheConfig, dtype: str, tp: int, pp: int) -> int:
+    """Return the bytes of one KV block on the worker with most layers."""
+    most_layers = max(len(layers) for layers in stage_layers(info, pp))
+    return block_bytes(info, cache, dtype, tp, most_layers)

@@ -43,6 +43,8 @@ class ModelRunner:
         max_model_len: Tokens of the longest sequence that plans will hold.
         num_blocks: Of the cache, the same on every worker.
         max_num_seqs: On a GPU, decode steps of up to so many sequences are captured as graphs.
+        slots: Host tier, uint8 [slots, bytes of this worker's part of a block]; the caller's, who
+            keeps it for as long as the runner is used. None where plans move no blocks.
 
     Raises:
         ConfigError: The model cannot be served in this layout, or its memory is not there.
@@ -58,6 +60,7 @@ class ModelRunner:
         max_model_len: int,
         num_blocks: int,
         max_num_seqs: int = 0,
+        slots: Tensor | None = None,
     ) -> None:
         info = inspect_checkpoint(model.folder)
         if not 0 < max_model_len <= info.max_model_len:
@@ -98,7 +101,7 @@ class ModelRunner:
             int8=cache.dtype == "int8",
         )
         self.block_nbytes = self._cache.block_nbytes
-        self._transfer = open_transfer(self._cache)
+        self._transfer = None if slots is None else open_transfer(self._cache, slots)
         self._graphs: DecodeGraphs | None = None
         if captures:
             width = -(-max_model_len // cache.block_size)
@@ -115,10 +118,12 @@ class ModelRunner:
         )
 
     def execute(self, plan: StepPlan, hidden_TD: Tensor | None) -> Tensor | dict[int, SampledToken]:
-        """Compute one step; every rank of the stage gets the same plan.
+        """Move a plan's blocks, then compute its step; every rank of the stage gets the same plan.
+
+        The moves are complete when this returns.
 
         Args:
-            plan: What to compute; no sequences are fine.
+            plan: What to move and to compute; no sequences are fine.
             hidden_TD: Activations of the stage before; None on the first.
 
         Returns:
@@ -126,10 +131,14 @@ class ModelRunner:
             `tp_rank` 0 the dict is empty. On other stages activations [T, D] for the next.
         """
         assert (hidden_TD is None) == self.is_first, "activations go to every stage but the first"
-        if not plan.sequences:
-            return {} if self.is_last else torch.empty(0, self.hidden_size, dtype=self.dtype)
         with torch.inference_mode():
-            return self._forward(plan, hidden_TD)
+            if plan.moves:
+                assert self._transfer is not None, "a plan moves blocks, and there is no host tier"
+                self._transfer.begin(plan.moves)
+            output = self._forward(plan, hidden_TD) if plan.sequences else self._nothing()
+            if plan.moves and self._transfer is not None:
+                self._transfer.finish()
+        return output
 
     def logits(self, plan: StepPlan) -> Tensor:
         """Return the logits [T, V] after each token of a plan, for a runner of the whole model."""
@@ -137,6 +146,9 @@ class ModelRunner:
         with torch.inference_mode():
             logits_TV: Tensor = self._model(**self._inputs(plan, None)).logits[0]
         return logits_TV
+
+    def _nothing(self) -> Tensor | dict[int, SampledToken]:
+        return {} if self.is_last else torch.empty(0, self.hidden_size, dtype=self.dtype)
 
     def _forward(
         self, plan: StepPlan, hidden_TD: Tensor | None
@@ -199,18 +211,6 @@ class ModelRunner:
     def weight_nbytes(self) -> int:
         """Bytes of the linears' weights, as packed: what a step reads at the least."""
         return weight_nbytes(self._model)
-
-    def read_block(self, block_id: int) -> bytes:
-        """Return this worker's part of a block, all its layers, `block_nbytes` bytes, bit-exact."""
-        return self._transfer.read_block(block_id)
-
-    def write_block(self, block_id: int, data: bytes) -> None:
-        """Replace this worker's part of a block by what `read_block` returned.
-
-        Raises:
-            InvalidArgumentError: `data` is not `block_nbytes` long.
-        """
-        self._transfer.write_block(block_id, data)
 
 
 def _sampled_rows(plan: StepPlan) -> list[int]:

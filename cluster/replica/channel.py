@@ -1,4 +1,4 @@
-"""Messages between a leader and its workers: msgpack over an authenticated local or TCP socket.
+"""Messages between a leader, its workers and movers: msgpack over an authenticated socket.
 
 The socket is what tells a death: the kernel closes it in the moment in which a process ends,
 however it ends. Nothing that arrives is unpickled.
@@ -78,15 +78,12 @@ class ChannelListener:
     def __init__(self, host: str, num_workers: int) -> None:
         self.auth_key = secrets.token_bytes(32)
         self._listener = Listener((host, 0), backlog=num_workers, authkey=self.auth_key)
+        listens_on, port = self._listener.address
+        self.address = str(listens_on), int(port)
+        """Host and port that workers call."""
         self._num_workers = num_workers
         self._is_closed = False
         self._deadline_s = math.inf
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port that workers call."""
-        host, port = self._listener.address
-        return str(host), int(port)
 
     def accept_all(
         self,
@@ -143,11 +140,24 @@ class ChannelListener:
             )
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening; again is fine."""
+        if self._is_closed:
+            return
         self._is_closed = True
         # accept() in another thread sleeps through a close; a call wakes it up
         threading.Thread(target=_knock, args=(self.address,), daemon=True).start()
         self._listener.close()
+
+
+def channel_pair(send_timeout_s: float) -> tuple[Channel, socket.socket]:
+    """Return one end of a connection on this machine, and the socket of its other end."""
+    ours, theirs = socket.socketpair()
+    return Channel(Connection(ours.detach()), send_timeout_s=send_timeout_s), theirs
+
+
+def channel_of(descriptor: int, *, send_timeout_s: float) -> Channel:
+    """Return a channel on a connected socket, which it owns from now on."""
+    return Channel(Connection(descriptor), send_timeout_s=send_timeout_s)
 
 
 def wait_readable(channels: Iterable[Channel], timeout_s: float | None) -> list[Channel]:
@@ -182,4 +192,5 @@ def _set_send_timeout(descriptor: int, timeout_s: float) -> None:
         twin.setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", seconds, microseconds)
         )
-        twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if twin.family != socket.AF_UNIX:
+            twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -10,11 +10,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from cluster.engine.engine import Engine
-from cluster.errors import OverloadedError, SluiceError
+from cluster.errors import OverloadedError, SluiceError, UnavailableError
 from cluster.types import EngineOutput, EngineRequest, ReplicaLoad
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,25 @@ class EngineUpdate:
     removed_blocks: list[bytes] = field(default_factory=list)  # hashes no longer there
     load: ReplicaLoad | None = None  # where it is time to tell it
     step_times: list[tuple[float, ...]] | None = None  # all that are known, where it is time to
+
+
+@dataclass(frozen=True, slots=True)
+class _Flush:
+    """Forget cached blocks."""
+
+    done: Future[int]  # how many
+
+
+@dataclass(slots=True)
+class _Preload:
+    """Fetch blocks from the store."""
+
+    hashes: Sequence[bytes]
+    done: Future[int]  # how many have come
+    num_before: int = 0  # of the engine's count, when it began
+
+
+_Command = EngineRequest | str | _Flush | _Preload  # a string is the id of a request to abort
 
 
 class EngineLoop:
@@ -59,7 +79,8 @@ class EngineLoop:
         self._fail = fail
         self._load_interval_s = load_interval_s
         self._max_commands = max_commands
-        self._commands: deque[EngineRequest | str] = deque()  # a request, or an id to abort
+        self._commands: deque[_Command] = deque()
+        self._preloads: list[_Preload] = []  # that have begun
         self._wakeup = threading.Condition()
         self._is_stopping = False
         self._load_due_s = 0.0
@@ -94,14 +115,7 @@ class EngineLoop:
         Raises:
             OverloadedError: The queue is full.
         """
-        with self._wakeup:
-            if len(self._commands) >= self._max_commands:
-                raise OverloadedError(
-                    f"{len(self._commands)} requests wait for the engine, "
-                    f"limit={self._max_commands}: try again later"
-                )
-            self._commands.append(request)
-            self._wakeup.notify()
+        self._enter(request)
 
     def abort(self, request_id: str) -> None:
         """End a request; its blocks are free before the next step. Unknown ids are fine."""
@@ -109,13 +123,45 @@ class EngineLoop:
             self._commands.append(request_id)  # no more of these than of requests
             self._wakeup.notify()
 
+    def preload(self, hashes: Sequence[bytes]) -> Future[int]:
+        """Fetch blocks from the store into the host tier; the result is how many have come.
+
+        Raises:
+            OverloadedError: The queue is full.
+        """
+        done: Future[int] = Future()
+        self._enter(_Preload(hashes, done))
+        return done
+
+    def flush_cache(self) -> Future[int]:
+        """Forget every cached block that no request uses; the result is how many there were.
+
+        Raises:
+            OverloadedError: The queue is full.
+        """
+        done: Future[int] = Future()
+        self._enter(_Flush(done))
+        return done
+
     def stop(self, timeout_s: float) -> None:
-        """Let the present step finish, then end the thread."""
+        """Let the present step finish, then end the thread; what it promised fails."""
         with self._wakeup:
             self._is_stopping = True
             self._wakeup.notify()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+
+    def _enter(self, command: _Command) -> None:
+        with self._wakeup:
+            if self._is_stopping:
+                raise UnavailableError("the engine has stopped: ask another replica")
+            if len(self._commands) >= self._max_commands:
+                raise OverloadedError(
+                    f"{len(self._commands)} requests wait for the engine, "
+                    f"limit={self._max_commands}: try again later"
+                )
+            self._commands.append(command)
+            self._wakeup.notify()
 
     def _run(self) -> None:
         try:
@@ -126,12 +172,23 @@ class EngineLoop:
             reason = str(error) if isinstance(error, SluiceError) else repr(error)
             self._publish(EngineUpdate(self._engine.abort_all(f"UNAVAILABLE: {reason}")))
             self._fail(reason)
+        finally:
+            self._break_promises()
+
+    def _break_promises(self) -> None:
+        with self._wakeup:
+            self._is_stopping = True
+            waiting = [c for c in self._commands if isinstance(c, (_Flush, _Preload))]
+        begun = [*self._preloads, *(c for c in waiting if c.done.set_running_or_notify_cancel())]
+        for command in begun:
+            command.done.set_exception(UnavailableError("the engine has stopped"))
 
     def _turn(self) -> None:
         outputs = [output for command in self._take() if (output := self._apply(command))]
         self._step_began_s = time.monotonic()
         outputs += self._engine.step()
         self._step_began_s = None
+        self._end_preloads()
         added, removed = self._engine.take_block_events()
         load = None
         now_s = time.monotonic()
@@ -146,7 +203,7 @@ class EngineLoop:
         if outputs or added or removed or load is not None or step_times:
             self._publish(EngineUpdate(outputs, added, removed, load, step_times))
 
-    def _take(self) -> list[EngineRequest | str]:
+    def _take(self) -> list[_Command]:
         with self._wakeup:
             if not self._commands and not self._engine.has_work:
                 self._wakeup.wait(self._load_interval_s)
@@ -154,12 +211,31 @@ class EngineLoop:
             self._commands.clear()
         return commands
 
-    def _apply(self, command: EngineRequest | str) -> EngineOutput | None:
+    def _apply(self, command: _Command) -> EngineOutput | None:
         if isinstance(command, str):
             self._engine.abort(command)
-            return None
-        try:
-            self._engine.add(command)
-        except SluiceError as error:
-            return EngineOutput(command.request_id, error=f"{error.code}: {error}")
+        elif isinstance(command, EngineRequest):
+            return self._add(command)
+        elif not command.done.set_running_or_notify_cancel():
+            pass  # nobody waits for it any more; from here on it cannot be cancelled
+        elif isinstance(command, _Flush):
+            command.done.set_result(self._engine.flush_cache())
+        else:
+            command.num_before = self._engine.num_preloaded
+            self._engine.preload(command.hashes)
+            self._preloads.append(command)
         return None
+
+    def _add(self, request: EngineRequest) -> EngineOutput | None:
+        try:
+            self._engine.add(request)
+        except SluiceError as error:
+            return EngineOutput(request.request_id, error=f"{error.code}: {error}")
+        return None
+
+    def _end_preloads(self) -> None:
+        if not self._preloads or self._engine.num_preloading:
+            return
+        for preload in self._preloads:
+            preload.done.set_result(self._engine.num_preloaded - preload.num_before)
+        self._preloads.clear()

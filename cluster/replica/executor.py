@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.errors import UnavailableError
@@ -48,8 +48,17 @@ class InProcessExecutor:
         self._plans.clear()
 
 
+@dataclass(slots=True)
+class _StepInFlight:
+    started_s: float
+    waits_for: set[int]  # workers that have not answered
+    result: StepResult | None = None
+
+
 class GroupExecutor:
     """Sends every plan to all workers of a group; the last stage answers.
+
+    Where a plan moves blocks all workers answer: the slots are theirs until each has done it.
 
     Args:
         channels: To the workers, by index.
@@ -59,8 +68,8 @@ class GroupExecutor:
 
     def __init__(self, channels: Sequence[Channel], *, num_blocks: int, num_stages: int) -> None:
         self._channels = list(channels)
-        self._results: deque[StepResult] = deque()
-        self._started_s: deque[float] = deque()  # of the steps on their way
+        self._steps: deque[_StepInFlight] = deque()  # oldest first
+        self._reporter = len(channels) - len(channels) // num_stages  # the last stage's tp_rank 0
         self.num_blocks = num_blocks
         self.max_in_flight = num_stages
 
@@ -71,7 +80,8 @@ class GroupExecutor:
             UnavailableError: A worker is gone.
         """
         data = plan.encode()
-        self._started_s.append(time.perf_counter())
+        waits_for = set(range(len(self._channels))) if plan.moves else {self._reporter}
+        self._steps.append(_StepInFlight(time.perf_counter(), waits_for))
         for index, channel in enumerate(self._channels):
             try:
                 channel.send("plan", data)
@@ -85,7 +95,7 @@ class GroupExecutor:
             UnavailableError: A worker is gone, failed, or the step took too long.
         """
         deadline_s = time.monotonic() + timeout_s
-        while not self._results:
+        while not self._steps or self._steps[0].waits_for:
             ready = wait_readable(self._channels, max(0.0, deadline_s - time.monotonic()))
             if not ready:
                 raise UnavailableError(
@@ -93,7 +103,9 @@ class GroupExecutor:
                 )
             for channel in ready:
                 self._read(channel)
-        return self._results.popleft()
+        result = self._steps.popleft().result
+        assert result is not None, "the last stage is among those that were waited for"
+        return result
 
     def _read(self, channel: Channel) -> None:
         index = self._channels.index(channel)
@@ -103,9 +115,15 @@ class GroupExecutor:
             raise UnavailableError(f"worker {index} is gone") from error
         if kind == "error":
             raise UnavailableError(f"worker {index} failed: {value}")
-        assert kind == "result", kind
-        elapsed_s = time.perf_counter() - self._started_s.popleft()
-        self._results.append(replace(StepResult.decode(value), elapsed_s=elapsed_s))
+        # Each worker answers in the order of the plans.
+        step = next(step for step in self._steps if index in step.waits_for)
+        step.waits_for.remove(index)
+        elapsed_s = time.perf_counter() - step.started_s
+        if index == self._reporter:
+            assert kind == "result", kind
+            step.result = replace(StepResult.decode(value), elapsed_s=elapsed_s)
+        else:
+            assert kind == "moved", kind
 
     def shutdown(self) -> None:
         """Close every channel: a worker ends when its leader is gone."""

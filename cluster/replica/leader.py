@@ -17,10 +17,12 @@ from cluster.config import ClusterConfig
 from cluster.engine.executor import Executor
 from cluster.engine.step_time import StepTimeModel
 from cluster.errors import SluiceError, UnavailableError
+from cluster.kvstore.block_key import hash_of_key, part_prefix
+from cluster.kvstore.block_store import BlockStore
 from cluster.kvstore.registry import Registry
 from cluster.kvstore.store import Store
 from cluster.model.model_info import ModelInfo
-from cluster.replica.build import fingerprint_of, make_engine, max_model_len_of
+from cluster.replica.build import Tiers, fingerprint_of, make_engine, max_model_len_of
 from cluster.replica.engine_loop import EngineLoop, EngineUpdate
 from cluster.replica.group import GroupLifecycle, GroupState
 from cluster.replica.service import EngineServicer
@@ -49,6 +51,8 @@ class Leader:
         node_id: Of the Ray node that the leader runs on.
         public_host: Address under which gateways reach the leader.
         on_end: Called once when the group is over, with the reason of a failure or "".
+        tiers: Below the KV cache; None where there are none. The mover is the owner's to end.
+        blocks: The store of KV blocks, to begin with its hottest ones; None begins with nothing.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class Leader:
         node_id: str,
         public_host: str,
         on_end: Callable[[str], None],
+        tiers: Tiers | None = None,
+        blocks: BlockStore | None = None,
     ) -> None:
         self._config = config
         self._model = model
@@ -72,6 +78,8 @@ class Leader:
         self._node_id = node_id
         self._public_host = public_host
         self._on_end = on_end
+        self._tiers = tiers
+        self._blocks = blocks
         self._load = ReplicaLoad()
         self._tasks: list[asyncio.Task[None]] = []
         self._is_over = asyncio.Event()
@@ -95,6 +103,7 @@ class Leader:
         self._servicer.serve(self._loop)
         self._loop.start()
         self.info = self._describe(port)
+        await self._warm_up()
         self._tasks = [
             asyncio.create_task(self._keep_lease()),
             asyncio.create_task(self._keep_time()),
@@ -108,7 +117,9 @@ class Leader:
         self._step_time = StepTimeModel()
         self._step_time.restore(self._step_times.load())
         self._num_saved_steps = self._step_time.num_steps
-        engine = make_engine(config, self._model, self._executor, WallClock(), self._step_time)
+        engine = make_engine(
+            config, self._model, self._executor, WallClock(), self._step_time, self._tiers
+        )
         main = asyncio.get_running_loop()
 
         def publish(update: EngineUpdate) -> None:
@@ -124,6 +135,26 @@ class Leader:
             load_interval_s=config.replica.load_interval_s,
             max_commands=config.engine.max_num_waiting,
         )
+
+    async def _warm_up(self) -> None:
+        """Fetch the store's hottest blocks before anybody asks; whatever fails is a cold start."""
+        timeout_s = self._config.replica.warm_up_timeout_s
+        if self._blocks is None or self._tiers is None or not timeout_s:
+            return
+        prefix = part_prefix(self._fingerprint, pp=self._config.parallel.pp, part=0)
+        try:
+            async with asyncio.timeout(timeout_s):
+                keys = await self._blocks.hottest(prefix, self._tiers.num_slots // 2)
+                hashes = [hash_of_key(key) for key in keys]
+                num_blocks = await asyncio.wrap_future(self._loop.preload(hashes)) if hashes else 0
+        except TimeoutError:
+            logger.warning("warm-up ends: replica.warm_up_timeout_s=%g is over", timeout_s)
+        except SluiceError as error:
+            logger.warning("no warm-up: %s", error)
+        except Exception:  # a cold group is better than none
+            logger.exception("no warm-up")
+        else:
+            logger.info("warm-up: %d of %d blocks came from the store", num_blocks, len(hashes))
 
     def _describe(self, port: int) -> ReplicaInfo:
         config = self._config

@@ -23,14 +23,17 @@ from cluster.clock import WallClock
 from cluster.config import ClusterConfig, parse_config
 from cluster.engine.executor import Executor
 from cluster.errors import UnavailableError
-from cluster.kvstore.open import open_store
+from cluster.kvstore.block_store import BlockStore
+from cluster.kvstore.open import open_block_store, open_store
 from cluster.model.checkpoint import ModelInfo, inspect_checkpoint
 from cluster.model.runner import num_blocks_for
 from cluster.replica.build import load_whole, max_model_len_of
 from cluster.replica.channel import Channel, ChannelListener
 from cluster.replica.executor import GroupExecutor, InProcessExecutor
 from cluster.replica.group import GroupLifecycle
+from cluster.replica.group_tiers import GroupTiers
 from cluster.replica.leader import TICK_S, Leader
+from cluster.replica.local_tiers import LocalTiers
 from cluster.replica.placement import bundles, leader_num_cpus, threads_per_worker
 from cluster.replica.worker import WorkerSpec, run_worker
 
@@ -72,9 +75,14 @@ class ReplicaGroup:
         self._leader: Leader | None = None
         context = serve.get_replica_context()
         model = inspect_checkpoint(self._config.model.folder)
+        self._tiers: LocalTiers | GroupTiers | None = None
+        self._blocks: BlockStore | None = None
         executor = await self._make_executor(model)
         host = self._config.replica.host
         self._store = open_store(self._config.store)
+        tiers = self._tiers.tiers if self._tiers is not None else None
+        if tiers is not None and tiers.mover is not None:
+            self._blocks = open_block_store(self._config.store)
         leader = Leader(
             self._config,
             model=model,
@@ -85,6 +93,8 @@ class ReplicaGroup:
             node_id=ray.get_runtime_context().get_node_id(),
             public_host=ray.util.get_node_ip_address() if host in WILDCARD_HOSTS else host,
             on_end=self._end,
+            tiers=tiers,
+            blocks=self._blocks,
         )
         self.info = await leader.start()
         self._leader = leader  # from here on there is something to drain
@@ -106,12 +116,14 @@ class ReplicaGroup:
         )
         max_model_len = max_model_len_of(config, model)
         if parallel.world_size == 1:
+            self._tiers = local = LocalTiers(config, model)
             runner = await asyncio.to_thread(
                 load_whole,
                 config,
                 num_blocks=num_blocks,
                 max_model_len=max_model_len,
                 num_threads=num_threads,
+                slots=local.slots,
             )
             self._lifecycle.worker_ready(0)
             return InProcessExecutor(runner)
@@ -126,9 +138,12 @@ class ReplicaGroup:
             max_model_len=max_model_len,
             num_threads=num_threads,
         )
-        return await self._start_workers(spec)
+        self._tiers = tiers = GroupTiers(config, model, ray.util.get_node_ip_address())
+        executor = await self._start_workers(spec, tiers)
+        await asyncio.to_thread(tiers.connect)
+        return executor
 
-    async def _start_workers(self, template: WorkerSpec) -> GroupExecutor:
+    async def _start_workers(self, template: WorkerSpec, tiers: GroupTiers) -> GroupExecutor:
         parallel = self._config.parallel
         group = get_current_placement_group()
         if group is None:
@@ -163,6 +178,7 @@ class ReplicaGroup:
                     auth_key=listener.auth_key,
                     stage_port=endpoints[index - index % parallel.tp][1],
                     pipeline_address=pipeline_address,
+                    tier=tiers.of_worker(index),
                 )
             )
             for index, worker in enumerate(self._workers)
@@ -244,6 +260,10 @@ class ReplicaGroup:
         if self._leader is not None:
             await self._leader.stop()
             await self._store.close()
+        if self._blocks is not None:
+            await self._blocks.close()
+        if self._tiers is not None:
+            await asyncio.to_thread(self._tiers.close)
         for worker in self._workers:
             ray.kill(worker)
 

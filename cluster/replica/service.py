@@ -19,6 +19,7 @@ from cluster.rpc.sluice.internal.v1 import engine_pb2, engine_pb2_grpc
 from cluster.types import EngineOutput, ReplicaLoad
 
 WATCH_KEEPALIVE_S = 1.0  # a watch is never silent for longer
+FLUSH_TIMEOUT_S = 10.0  # a flush waits for the present step
 
 
 class _Session:
@@ -224,3 +225,25 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         """Refuse new requests from now on."""
         self._on_drain()
         return engine_pb2.DrainResponse()
+
+    async def FlushCache(
+        self,
+        request: engine_pb2.FlushCacheRequest,
+        context: grpc.aio.ServicerContext[
+            engine_pb2.FlushCacheRequest, engine_pb2.FlushCacheResponse
+        ],
+    ) -> engine_pb2.FlushCacheResponse:
+        """Forget cached blocks, between two steps of the engine."""
+        if self._loop is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the replica starts: try again")
+        try:
+            async with asyncio.timeout(FLUSH_TIMEOUT_S):
+                num_blocks = await asyncio.wrap_future(self._loop.flush_cache())
+        except TimeoutError:
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"a step has taken longer than {FLUSH_TIMEOUT_S:g} s: try again",
+            )
+        except SluiceError as error:
+            await context.abort(grpc.StatusCode[error.code], str(error))
+        return engine_pb2.FlushCacheResponse(num_blocks=num_blocks)

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cluster.config import ClusterConfig, parse_config
+from cluster.config import ClusterConfig, ParallelConfig, parse_config
 from cluster.errors import UnavailableError
 from cluster.model.collective import Collective, NoCollective, init_tensor_parallel
 from cluster.model.cuda_device import open_device
 from cluster.model.device_world import DeviceWorld
 from cluster.model.footprint import check_gpu_fits
 from cluster.model.runner import ModelRunner, ShardSpec
+from cluster.replica.build import NO_TIER, WorkerTier
 from cluster.replica.channel import Channel, connect
+from cluster.replica.host_memory import HostMemory
+from cluster.replica.mover_start import MoverHandle, start_mover
 from cluster.replica.pipeline import DevicePipeline, Neighbours, Pipeline
 from cluster.replica.placement import ranks_of
 from cluster.step import StepPlan, StepResult
@@ -36,6 +40,7 @@ class WorkerSpec:
     num_blocks: int
     max_model_len: int  # tokens
     num_threads: int
+    tier: WorkerTier = NO_TIER
 
 
 def run_worker(spec: WorkerSpec) -> None:
@@ -49,14 +54,18 @@ def run_worker(spec: WorkerSpec) -> None:
         spec.leader_address, spec.auth_key, send_timeout_s=config.engine.step_timeout_s
     )
     channel.send("hello", spec.index)
+    mover: MoverHandle | None = None
     try:
-        runner, pipeline = _join(spec)
+        memory = _host_memory(spec, config)
+        runner, pipeline = _join(spec, memory.slots if memory else None)
+        if memory is not None and spec.tier.mover is not None:
+            mover = start_mover(spec.tier.mover, memory)
     except Exception as error:
         channel.send("failed", spec.index, f"{type(error).__name__}: {error}")
         raise
     channel.send("ready", spec.index, {"num_blocks": runner.num_blocks})
     try:
-        _serve(channel, runner, pipeline, is_reporter=spec.index % config.parallel.tp == 0)
+        _serve(channel, runner, pipeline, is_reporter=_is_reporter(spec.index, config.parallel))
     except UnavailableError:
         logger.info("worker %d: the leader is gone", spec.index)
     except Exception as error:
@@ -64,19 +73,34 @@ def run_worker(spec: WorkerSpec) -> None:
         raise
     finally:
         channel.close()
+        if mover is not None:
+            mover.close()
 
 
-def _join(spec: WorkerSpec) -> tuple[ModelRunner, Neighbours | None]:
+def _is_reporter(index: int, parallel: ParallelConfig) -> bool:
+    return ranks_of(index, parallel.tp) == (parallel.pp - 1, 0)
+
+
+def _host_memory(spec: WorkerSpec, config: ClusterConfig) -> HostMemory | None:
+    tier = spec.tier
+    if not tier.num_slots:
+        return None
+    on_gpu = config.model.device == "cuda"
+    open_device(config.model.device)  # page-locking wants CUDA initialised, on the right device
+    return HostMemory(tier.num_slots, tier.block_nbytes, page_locked=on_gpu)
+
+
+def _join(spec: WorkerSpec, slots: Tensor | None) -> tuple[ModelRunner, Neighbours | None]:
     config = parse_config(spec.config)
     parallel = config.parallel
     torch.set_num_threads(spec.num_threads)
     if config.model.device == "cuda":
-        return _join_gpus(spec, config)
+        return _join_gpus(spec, config, slots)
     _, tp_rank = ranks_of(spec.index, parallel.tp)
     collective: Collective = NoCollective()
     if parallel.tp > 1:
         collective = init_tensor_parallel(tp_rank, parallel.tp, spec.stage_port)
-    runner = _load(spec, config, collective)
+    runner = _load(spec, config, collective, slots)
     if parallel.pp == 1:
         return runner, None
     host, port = spec.pipeline_address
@@ -91,7 +115,9 @@ def _join(spec: WorkerSpec) -> tuple[ModelRunner, Neighbours | None]:
     return runner, pipeline
 
 
-def _join_gpus(spec: WorkerSpec, config: ClusterConfig) -> tuple[ModelRunner, Neighbours | None]:
+def _join_gpus(
+    spec: WorkerSpec, config: ClusterConfig, slots: Tensor | None
+) -> tuple[ModelRunner, Neighbours | None]:
     device = open_device(config.model.device)  # before NCCL, which binds to the current one
     host, port = spec.pipeline_address
     world = DeviceWorld(
@@ -102,11 +128,13 @@ def _join_gpus(spec: WorkerSpec, config: ClusterConfig) -> tuple[ModelRunner, Ne
         port=port,
         timeout_s=_transfer_timeout_s(config),
     )
-    runner = _load(spec, config, world.collective)
+    runner = _load(spec, config, world.collective, slots)
     return runner, DevicePipeline(world, device) if config.parallel.pp > 1 else None
 
 
-def _load(spec: WorkerSpec, config: ClusterConfig, collective: Collective) -> ModelRunner:
+def _load(
+    spec: WorkerSpec, config: ClusterConfig, collective: Collective, slots: Tensor | None
+) -> ModelRunner:
     parallel = config.parallel
     pp_rank, tp_rank = ranks_of(spec.index, parallel.tp)
     check_gpu_fits(config, num_blocks=spec.num_blocks)
@@ -118,6 +146,7 @@ def _load(spec: WorkerSpec, config: ClusterConfig, collective: Collective) -> Mo
         max_model_len=spec.max_model_len,
         num_blocks=spec.num_blocks,
         max_num_seqs=config.engine.max_num_seqs,
+        slots=slots,
     )
 
 
@@ -139,9 +168,11 @@ def _serve(
             assert pipeline is not None
             hidden_TD = pipeline.receive(plan.num_tokens, runner.hidden_size, runner.dtype)
         output = runner.execute(plan, hidden_TD)
-        if isinstance(output, dict):
-            if is_reporter:
-                channel.send("result", StepResult(plan.step_id, output).encode())
-        else:
-            assert pipeline is not None
+        if not runner.is_last:
+            assert pipeline is not None and isinstance(output, torch.Tensor)
             pipeline.send(output)
+        if is_reporter:
+            assert isinstance(output, dict), "the last stage ends in tokens"
+            channel.send("result", StepResult(plan.step_id, output).encode())
+        elif plan.moves:
+            channel.send("moved", plan.step_id)

@@ -14,19 +14,32 @@ from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
 from cluster.errors import (
+    AlreadyExistsError,
     CancelledError,
     DeadlineError,
     InvalidArgumentError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     SluiceError,
+    UnauthenticatedError,
     UnavailableError,
 )
+from cluster.rpc.public_cache import check_text, set_prompt, tiers_from_proto
 from cluster.rpc.sluice.v1 import inference_pb2
-from cluster.types import FinishReason, SamplingParams
+from cluster.types import CacheLoad, FinishReason, SamplingParams
 
 _PLAIN_ERRORS: dict[str, type[SluiceError]] = {
-    error.code: error for error in (NotFoundError, DeadlineError, CancelledError, UnavailableError)
+    error.code: error
+    for error in (
+        NotFoundError,
+        AlreadyExistsError,
+        UnauthenticatedError,
+        PermissionDeniedError,
+        DeadlineError,
+        CancelledError,
+        UnavailableError,
+    )
 }
 _FINISH_REASONS = {
     int(inference_pb2.FINISH_REASON_STOP): FinishReason.STOP,
@@ -138,6 +151,7 @@ class ReplicaState:
     num_indexed_blocks: int
     leader_pid: int
     address: str
+    cache: CacheLoad  # below its device
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +171,7 @@ def generate_request(
     model: str,
     sampling: SamplingParams | Mapping[str, Any] | None,
     request_id: str,
+    prefix: str = "",
 ) -> inference_pb2.GenerateRequest:
     """Return the message of a request.
 
@@ -167,24 +182,20 @@ def generate_request(
         sampling: All parameters, or some by the names of `SamplingParams`; the server has defaults
             for the others.
         request_id: Empty lets the server choose.
+        prefix: Name of a registered prefix that comes before the prompt.
 
     Raises:
         InvalidArgumentError: The request cannot be written down.
     """
-    if (prompt is None) == (token_ids is None):
-        raise InvalidArgumentError("give either prompt or token_ids", field="prompt")
+    for field, value in (("request_id", request_id), ("model", model), ("prefix", prefix)):
+        check_text(field, value)
     message = inference_pb2.GenerateRequest(
-        request_id=request_id, model=model, sampling=_sampling_message(sampling or {})
+        request_id=request_id,
+        model=model,
+        sampling=_sampling_message(sampling or {}),
+        prefix=prefix,
     )
-    field = "text" if token_ids is None else "token_ids"
-    try:
-        if token_ids is None:
-            message.text = prompt or ""
-        else:
-            message.token_ids.SetInParent()
-            message.token_ids.ids.extend(token_ids)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"{field}: {error}", field=field) from error
+    set_prompt(message, prompt, token_ids)
     return message
 
 
@@ -258,7 +269,8 @@ def cluster_from_proto(message: inference_pb2.ClusterStatusResponse) -> ClusterS
 def _replica(message: inference_pb2.ReplicaStatus) -> ReplicaState:
     values = {field.name: getattr(message, field.name) for field in fields(ReplicaState)}
     state = inference_pb2.ReplicaState.Name(message.state)
-    return ReplicaState(**values | {"state": state.removeprefix("REPLICA_STATE_").lower()})
+    values["state"] = state.removeprefix("REPLICA_STATE_").lower()
+    return ReplicaState(**values | {"cache": tiers_from_proto(message.cache)})
 
 
 def _usage(message: inference_pb2.Usage) -> Usage:

@@ -21,7 +21,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "status", "config", "model", "bench"])
+COMMANDS = ["serve", "generate", "status", "config", "prefix", "cache", "model", "bench"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str) -> None:
     assert run(command, "--help").exit_code == 0
 
@@ -38,13 +41,21 @@ def test_every_command_has_help(command: str) -> None:
         (["bench", "serve", "--rate", "1", "--cert-file", "c"], "--key-file=None"),
         (["status", "--key-file", "k"], "--cert-file=None"),
         (["status", "--cert-file", "c", "--key-file", "k"], "without --ca-file"),
+        (["status", "--api-key-file", "/none"], "--api-key-file=/none: No such file"),
+        (["prefix", "add", "a"], "exactly one of TEXT, --file and --token-ids"),
+        (["prefix", "add", "a", "x", "--token-ids", "1"], "exactly one of"),
+        (["prefix", "add", "a", "--token-ids", "1,x"], "--token-ids=1,x"),
+        (["prefix", "add", "a", "x", "--file", "f"], "TEXT and --file"),
+        (["prefix", "add", "a", "--file", "/none"], "--file=/none: No such file"),
+        (["cache", "flush"], "--replicas, --store or both"),
+        (["cache", "inspect"], "TEXT, --file or --prefix"),
     ],
 )
 def test_wrong_arguments_lead_to_one_line(arguments: list[str], expected: str) -> None:
     assert expected in error_of(*arguments)
 
 
-@pytest.mark.parametrize("arguments", [[], ["bench"], ["model"]])
+@pytest.mark.parametrize("arguments", [[], ["bench"], ["model"], ["prefix"], ["cache"]])
 def test_group_without_a_command_prints_its_help(arguments: list[str]) -> None:
     result = run(*arguments)
     assert "Usage: sluice" in result.stdout

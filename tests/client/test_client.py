@@ -11,10 +11,17 @@ import pytest
 
 from cluster.client import (
     AsyncClient,
+    CacheBooks,
+    CachedOn,
+    CacheLoad,
     Client,
     ClusterState,
     Finished,
+    Flushed,
+    Inspected,
+    Prefix,
     Queued,
+    ReplicaCache,
     Running,
     ScoredToken,
     TextDelta,
@@ -26,9 +33,9 @@ from cluster.errors import (
     ConfigError,
     UnavailableError,
 )
+from cluster.rpc.sluice.v1 import cache_pb2, cache_pb2_grpc, inference_pb2_grpc
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
-from cluster.rpc.sluice.v1 import inference_pb2_grpc
-from cluster.types import SamplingParams
+from cluster.types import SamplingParams, StoreState
 
 pytestmark = pytest.mark.integration
 
@@ -180,3 +187,127 @@ def test_nobody_there_is_unavailable() -> None:
 def test_missing_ca_file_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"/none\.pem"):
         Client("127.0.0.1:1", tls=Tls("/none.pem"))
+
+
+class _Cache(cache_pb2_grpc.CacheServicer):
+    """Answers, and keeps what it was asked and with what credentials."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.authorization: list[str] = []
+
+    def _keep(self, request: Any, context: Any) -> None:
+        self.requests.append(request)
+        self.authorization.append(dict(context.invocation_metadata()).get("authorization", ""))
+
+    def RegisterPrefix(self, request: Any, context: Any) -> Any:
+        self._keep(request, context)
+        return cache_pb2.RegisterPrefixResponse(
+            prefix=cache_pb2.Prefix(name=request.name, model="m", num_tokens=2)
+        )
+
+    def ListPrefixes(self, request: Any, context: Any) -> Any:
+        self._keep(request, context)
+        return cache_pb2.ListPrefixesResponse(prefixes=[cache_pb2.Prefix(name="a", num_blocks=3)])
+
+    def RemovePrefix(self, request: Any, context: Any) -> Any:
+        self._keep(request, context)
+        return cache_pb2.RemovePrefixResponse()
+
+    def CacheStats(self, request: Any, context: Any) -> Any:
+        self._keep(request, context)
+        tiers = pb.CacheTiers(store_state=pb.STORE_STATE_EXACT, num_host_slots=7, saved_s=0.5)
+        return cache_pb2.CacheStatsResponse(
+            store_error="away", replicas=[cache_pb2.ReplicaCache(replica_id="r", tiers=tiers)]
+        )
+
+    def FlushCache(self, request: Any, context: Any) -> Any:
+        self._keep(request, context)
+        return cache_pb2.FlushCacheResponse(num_store_blocks=5, failed_replica_ids=["r"])
+
+    def InspectCache(self, request: Any, context: Any) -> Any:
+        self._keep(request, context)
+        return cache_pb2.InspectCacheResponse(
+            num_tokens=9, replicas=[cache_pb2.CachedOn(replica_id="r", num_blocks=2)]
+        )
+
+
+@pytest.fixture
+def cache_server() -> Iterator[tuple[str, _Cache]]:
+    servicer = _Cache()
+    grpc_server = grpc.server(futures.ThreadPoolExecutor(2))
+    cache_pb2_grpc.add_CacheServicer_to_server(servicer, grpc_server)
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    yield f"127.0.0.1:{port}", servicer
+    grpc_server.stop(None).wait(5)
+
+
+def _ask_all(client: Any) -> list[Any]:
+    return [
+        client.register_prefix("a", "x", model="m"),
+        client.register_prefix("b", token_ids=[1, 2]),
+        client.list_prefixes(),
+        client.remove_prefix("a"),
+        client.cache_stats(),
+        client.flush_cache(store=True),
+        client.inspect_cache("y", prefix="a"),
+        client.inspect_cache(prefix="a"),
+    ]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_cache_service_is_asked_and_read(cache_server: tuple[str, _Cache], is_async: bool) -> None:
+    address, servicer = cache_server
+    if is_async:
+
+        async def ask() -> list[Any]:
+            async with AsyncClient(address, api_key="sk-a") as client:
+                return [await answer for answer in _ask_all(client)]
+
+        answers = asyncio.run(ask())
+    else:
+        with Client(address, api_key="sk-a") as client:
+            answers = _ask_all(client)
+    assert answers == [
+        Prefix("a", "m", 2, 0, 0, 0.0),
+        Prefix("b", "m", 2, 0, 0, 0.0),
+        [Prefix("a", "", 0, 3, 0, 0.0)],
+        None,
+        CacheBooks(
+            None,
+            "away",
+            (ReplicaCache("r", 0, 0, 0, 0, CacheLoad(StoreState.EXACT, 7, saved_s=0.5)),),
+        ),
+        Flushed(0, 5, ("r",)),
+        Inspected(9, 0, 0, "", (CachedOn("r", 2),)),
+        Inspected(9, 0, 0, "", (CachedOn("r", 2),)),
+    ]
+    assert servicer.requests == [
+        cache_pb2.RegisterPrefixRequest(name="a", text="x", model="m"),
+        cache_pb2.RegisterPrefixRequest(name="b", token_ids=pb.TokenIds(ids=[1, 2])),
+        cache_pb2.ListPrefixesRequest(),
+        cache_pb2.RemovePrefixRequest(name="a"),
+        cache_pb2.CacheStatsRequest(),
+        cache_pb2.FlushCacheRequest(store=True),
+        cache_pb2.InspectCacheRequest(text="y", prefix="a"),
+        cache_pb2.InspectCacheRequest(prefix="a"),
+    ]
+    assert set(servicer.authorization) == {"Bearer sk-a"}
+
+
+def test_request_names_its_prefix_and_shows_the_key(server: tuple[str, _Servicer]) -> None:
+    address, servicer = server
+    with Client(address, api_key="sk-a", metadata=[("x", "y")]) as client:
+        client.generate("x", prefix="system")
+        list(client.stream("x", prefix="system"))
+    assert [request.prefix for request in servicer.requests] == ["system", "system"]
+    assert servicer.metadata["authorization"] == "Bearer sk-a"
+    assert servicer.metadata["x"] == "y"
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_key_over_a_network_without_tls_is_refused(kind: Any) -> None:
+    with pytest.raises(ConfigError, match="without TLS") as caught:
+        kind("gateway.example:9000", api_key="sk-secret")
+    assert "sk-secret" not in str(caught.value)

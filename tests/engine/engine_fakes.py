@@ -6,10 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from cluster.clock import VirtualClock
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, StoreConfig
 from cluster.engine.engine import Engine
 from cluster.types import SLO, EngineOutput, EngineRequest, FinishReason, SamplingParams
-from tests.fakes import Choose, FakeExecutor, expected_answer
+from tests.fakes import (
+    BLOCK_NBYTES,
+    Choose,
+    Content,
+    FakeExecutor,
+    FakeMover,
+    expected_answer,
+)
 
 FINGERPRINT = b"model"
 
@@ -22,11 +29,14 @@ def make_request(
     salt: bytes = b"",
     deadline_s: float | None = None,
     tpot_s: float | None = None,
+    pins_prefix: bool = False,
     **sampling: object,
 ) -> EngineRequest:
     params = replace(SamplingParams(max_tokens=max_tokens), **sampling)
     slo = SLO(tpot_s=tpot_s)
-    return EngineRequest(request_id, tuple(prompt), params, salt, deadline_s, slo)
+    return EngineRequest(
+        request_id, tuple(prompt), params, salt, deadline_s, slo, pins_prefix=pins_prefix
+    )
 
 
 @dataclass
@@ -65,6 +75,9 @@ class Bench:
         prefix_caching: bool = True,
         choose: Choose | None = None,
         config: EngineConfig | None = None,
+        num_host_slots: int = 0,
+        store: dict[bytes, Content] | None = None,
+        store_config: StoreConfig | None = None,
     ) -> None:
         self.clock = VirtualClock()
         self.executor = FakeExecutor(
@@ -74,6 +87,9 @@ class Bench:
             max_in_flight=max_in_flight,
             choose=choose,
         )
+        self.mover = None
+        if store is not None:
+            self.mover = FakeMover(self.executor, store, self.clock)
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.engine = Engine(
@@ -86,6 +102,10 @@ class Bench:
             vocab_size=vocab_size,
             prefix_caching=prefix_caching,
             clock=self.clock,
+            num_host_slots=num_host_slots,
+            block_nbytes=BLOCK_NBYTES,
+            mover=self.mover,
+            store_config=store_config,
         )
         self.requests: dict[str, EngineRequest] = {}
         self.answers: dict[str, Answer] = {}
@@ -129,7 +149,13 @@ class Bench:
             assert (answer.tokens, answer.reason) == self.expected(request_id), request_id
 
     def check_idle(self) -> None:
-        """No request, block or step is left over."""
+        """No request, block or step is left over, and no move but those that never end."""
+        if self.mover is not None and not self.mover.is_silent:
+            for _ in range(1000):
+                self.clock.advance(0.5)
+                self.step()
+                if not self.mover.is_at_work and not self.engine.has_work:
+                    break
         load = self.engine.load()
         assert not self.engine.has_work
         assert (load.num_running, load.num_waiting, load.num_queued_prefill_tokens) == (0, 0, 0)

@@ -11,7 +11,7 @@ from engine_fakes import FINGERPRINT, Answer, Bench
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cluster.config import EngineConfig
+from cluster.config import EngineConfig, StoreConfig
 from cluster.errors import InvalidArgumentError, OverloadedError
 from cluster.kvstore.block_hash import block_hashes
 from cluster.types import FinishReason
@@ -31,6 +31,7 @@ REQUESTS = st.fixed_dictionaries(
         "salt": st.sampled_from([b"", b"", b"tenant"]),
         "deadline_s": st.sampled_from([None, None, 3.0, 10.0]),
         "tpot_s": st.sampled_from([None, None, 1e-3, 0.1, 10.0]),
+        "pins_prefix": st.sampled_from([False, False, True]),
     }
 )
 
@@ -48,6 +49,9 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_waiting=st.sampled_from([2, 100]),
         prefix_caching=st.sampled_from([True, True, False]),
         token_s=st.sampled_from([0.0, 0.0, 0.01]),  # measured, so that objectives have an effect
+        num_host_slots=st.sampled_from([0, 1, 3, 8, 64]),
+        has_store=st.booleans(),
+        num_uses=st.integers(1, 3),
         requests=st.lists(REQUESTS, min_size=1, max_size=8),
     )
     def start(
@@ -58,6 +62,9 @@ class EngineMachine(RuleBasedStateMachine):
         max_model_len: int,
         prefix_caching: bool,
         token_s: float,
+        num_host_slots: int,
+        has_store: bool,
+        num_uses: int,
         requests: list[dict[str, Any]],
         **limits: int,
     ) -> None:
@@ -70,8 +77,12 @@ class EngineMachine(RuleBasedStateMachine):
             eos_token_ids=frozenset({0}),
             prefix_caching=prefix_caching,
             config=EngineConfig(**limits),
+            num_host_slots=num_host_slots,
+            store={} if has_store and num_host_slots else None,
+            store_config=StoreConfig(kv_write_after_uses=num_uses, timeout_s=0.2),
         )
         self.bench.executor.token_s = token_s
+        self.reach = num_host_slots == 0 or not prefix_caching
         self.block_size = block_size
         self.aborted: set[str] = set()
         self.index: set[bytes] = set()  # what a router knows from the events
@@ -118,6 +129,32 @@ class EngineMachine(RuleBasedStateMachine):
     def wait(self, delta_s: float) -> None:
         self.bench.clock.advance(delta_s)
 
+    @precondition(lambda self: hasattr(self, "bench") and self.bench.mover)
+    @rule(
+        error=st.sampled_from(["", "", "store: no answer"]),
+        write_error=st.sampled_from(["", "", "store: read-only"]),
+        is_silent=st.sampled_from([False, False, True]),
+        move_s=st.sampled_from([0.0, 0.001, 0.1, 1.0]),
+        num_lost=st.integers(0, 10),
+    )
+    def trouble_store(self, num_lost: int, **troubles: Any) -> None:
+        mover = self.bench.mover
+        assert mover is not None
+        for name, value in troubles.items():
+            setattr(mover, name, value)
+        for block_hash in list(mover.store)[:num_lost]:
+            del mover.store[block_hash]
+
+    @rule()
+    def flush(self) -> None:
+        self.bench.engine.flush_cache()
+
+    @precondition(lambda self: hasattr(self, "bench") and self.bench.mover)
+    @rule()
+    def preload(self) -> None:
+        assert self.bench.mover is not None
+        self.bench.engine.preload(list(self.bench.mover.store))
+
     @rule()
     def follow_events(self) -> None:
         added, removed = self.bench.engine.take_block_events()
@@ -153,16 +190,17 @@ class EngineMachine(RuleBasedStateMachine):
         assert answer.tokens == tokens[: len(answer.tokens)]
 
     def check_chains(self) -> None:
-        """Every cached block belongs to a request's chain, and its predecessor is cached too."""
+        """Every cached block belongs to a request's chain; so does its predecessor on a device."""
         cached, reachable = set(self.bench.engine.cached_blocks()), set()
         for request_id, request in self.bench.requests.items():
             tokens = [*request.prompt_token_ids, *self.bench.answers[request_id].tokens]
             for block_hash in block_hashes(
                 tokens, self.block_size, fingerprint=FINGERPRINT, salt=request.salt
             ):
-                if block_hash not in cached:
+                if block_hash in cached:
+                    reachable.add(block_hash)
+                elif self.reach:  # a host tier keeps what is used most, whatever comes before it
                     break
-                reachable.add(block_hash)
         assert reachable == cached
 
 

@@ -13,6 +13,7 @@ from cluster.client import AsyncClient
 from cluster.clock import WallClock
 from cluster.config import ClusterConfig, parse_config
 from cluster.gateway.grpc_server import GatewayServer
+from cluster.kvstore.block_store import BlockStore
 from cluster.kvstore.embedded import EmbeddedStore
 from cluster.kvstore.registry import Registry
 from cluster.rpc import convert
@@ -53,6 +54,8 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
         self.watches: list[asyncio.Queue[pb.WatchResponse]] = []
         self.is_silent = False  # accepts watches, says nothing
         self.blocks: list[int] = []
+        self.num_flushed = 0  # times
+        self.flush_fails = False
 
     async def start(self) -> ReplicaInfo:
         self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
@@ -82,6 +85,12 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
     def push_load(self, load: ReplicaLoad, seq: int = 1) -> None:
         self.load = load
         self.push(seq=seq, load=convert.load_to_proto(load))
+
+    async def FlushCache(self, request: Any, context: Any) -> pb.FlushCacheResponse:
+        if self.flush_fails:
+            await context.abort(grpc.StatusCode.INTERNAL, "cannot")
+        self.num_flushed += 1
+        return pb.FlushCacheResponse(num_blocks=len(self.blocks))
 
     async def Watch(self, request: Any, context: Any) -> None:
         self.num_watches += 1
@@ -149,11 +158,14 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
 class Stage:
     """A gateway, its store, and leaders."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, block_store: BlockStore | None = None) -> None:
         self.config = config
         self.store = EmbeddedStore(config.store, clock=WallClock())
+        self.blocks = block_store
         self.registry = Registry(self.store)
-        self.server = GatewayServer(config, store=self.store, gateway_id="gateway-1")
+        self.server = GatewayServer(
+            config, store=self.store, gateway_id="gateway-1", block_store=block_store
+        )
         self.leaders: list[FakeLeader] = []
         self.port = 0
 
@@ -167,8 +179,13 @@ class Stage:
         self.leaders.append(leader)
         await self.registry.register(info, 3600)
         if self.port:
-            await self.wait_state(leader.replica_id, "ready")
+            await eventually(lambda: leader.replica_id in self.routed_to)
         return leader
+
+    @property
+    def routed_to(self) -> list[str]:
+        """Ids of the replicas that requests can go to."""
+        return [snapshot.info.replica_id for snapshot in self.server.snapshots()]
 
     async def wait_state(self, replica_id: str, state: str | None) -> None:
         """Return once the gateway reports the state; None is unknown."""
@@ -194,9 +211,10 @@ async def eventually(condition: Any, timeout_s: float = 10.0) -> None:
 @asynccontextmanager
 async def stage(*leaders: FakeLeader, **gateway: Any) -> AsyncIterator[Stage]:
     """Run a gateway in front of leaders; what a test left running is ended."""
-    replica = gateway.pop("replica", {})
-    config = parse_config({"gateway": {"port": 0, **gateway}, "replica": replica})
-    running = Stage(config)
+    block_store = gateway.pop("block_store", None)
+    replica, auth = gateway.pop("replica", {}), gateway.pop("auth", {})
+    config = parse_config({"gateway": {"port": 0, **gateway}, "replica": replica, "auth": auth})
+    running = Stage(config, block_store)
     running.port = await running.server.start()
     try:
         for leader in leaders:

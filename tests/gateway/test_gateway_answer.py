@@ -44,7 +44,7 @@ def test_answer_does_not_depend_on_how_outputs_are_merged(
     text: str, stops: tuple[str, ...], min_tokens: int, sizes: list[int]
 ) -> None:
     sampling = SamplingParams(stop=stops, min_tokens=min_tokens)
-    tokens = list(TOKENIZER._encode(text))
+    tokens = list(TOKENIZER._encode(text, continues=False))
     merged, merged_answer = _answer(tokens, sampling, sizes)
     single, single_answer = _answer(tokens, sampling, [])
     assert merged == single
@@ -57,7 +57,7 @@ def test_answer_does_not_depend_on_how_outputs_are_merged(
 
 
 def test_usage_counts_up_to_the_token_that_completes_the_stop() -> None:
-    tokens = list(TOKENIZER._encode("one two three four"))
+    tokens = list(TOKENIZER._encode("one two three four", continues=False))
     text, answer = _answer(tokens, SamplingParams(stop=("two",)), [len(tokens)])
     expected = next(n for n in range(len(tokens)) if "two" in TOKENIZER.decode(tokens[:n]))
     assert (text, answer.num_tokens) == ("one ", expected)
@@ -65,12 +65,12 @@ def test_usage_counts_up_to_the_token_that_completes_the_stop() -> None:
 
 
 def test_stop_before_min_tokens_does_not_count() -> None:
-    tokens = list(TOKENIZER._encode("ab")) * 3
+    tokens = list(TOKENIZER._encode("ab", continues=False)) * 3
     text, _ = _answer(tokens, SamplingParams(stop=("b",), min_tokens=len(tokens) // 3 + 1), [])
     assert text == "aba"
 
 
 def test_held_text_comes_out_at_the_end() -> None:
-    tokens = list(TOKENIZER._encode("x EN"))
+    tokens = list(TOKENIZER._encode("x EN", continues=False))
     text, answer = _answer(tokens, SamplingParams(stop=("END",)), [])
     assert (text, answer.finish_reason) == ("x EN", FinishReason.LENGTH)

@@ -32,7 +32,7 @@ def tokenizer() -> Tokenizer:
 
 
 def script_of(tokenizer: Tokenizer, text: str) -> list[SampledToken]:
-    return [SampledToken(token) for token in tokenizer._encode(text)]
+    return [SampledToken(token) for token in tokenizer._encode(text, continues=False)]
 
 
 async def test_stream_runs_from_running_to_finished() -> None:

@@ -15,6 +15,9 @@ from tls_files import make_certificate
 
 from cluster.client import AsyncClient, Client, TextDelta, Tls
 from cluster.errors import ConfigError, UnavailableError
+from cluster.rpc.sluice.v1 import inference_pb2
+from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
+from cluster.types import CacheLoad, ReplicaLoad, StoreState
 
 pytestmark = pytest.mark.integration
 
@@ -56,6 +59,17 @@ async def test_reflection_lists_and_describes_the_service() -> None:
         await call.write(symbol)
         assert (await call.read()).file_descriptor_response.file_descriptor_proto
         call.cancel()
+
+
+async def test_status_shows_the_tiers_of_each_replica() -> None:
+    leader = FakeLeader()
+    tiers = CacheLoad(store_state=StoreState.DEGRADED, num_host_slots=7, num_store_hit_tokens=48)
+    leader.load = ReplicaLoad(num_blocks=100, cache=tiers)
+    async with stage(leader) as running, grpc.aio.insecure_channel(running.address) as channel:
+        request = inference_pb2.ClusterStatusRequest()
+        (replica,) = (await InferenceStub(channel).ClusterStatus(request)).replicas
+    assert replica.cache.store_state == inference_pb2.STORE_STATE_DEGRADED
+    assert (replica.cache.num_host_slots, replica.cache.num_store_hit_tokens) == (7, 48)
 
 
 async def test_idle_connection_is_pinged() -> None:

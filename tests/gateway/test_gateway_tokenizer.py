@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 
 from cluster.config import ModelConfig, parse_config
 from cluster.errors import ConfigError
@@ -27,7 +30,7 @@ def _pushed(groups: list[list[int]]) -> list[str]:
 @given(_pieces)
 def test_any_text_comes_out_whole_and_in_whole_characters(pieces: list[str]) -> None:
     text = "".join(pieces)
-    texts = _pushed([[token] for token in TOKENIZER._encode(text)])
+    texts = _pushed([[token] for token in TOKENIZER._encode(text, continues=False)])
     assert "".join(texts) == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in texts)
@@ -41,7 +44,7 @@ def test_any_tokens_give_the_text_of_all_of_them(groups: list[list[int]]) -> Non
 @pytest.mark.parametrize("num_bad", [61, 62, 63, 64, 200])  # the window is cut at 65
 @pytest.mark.parametrize("tail", [0, 3])
 def test_bytes_that_are_no_text_do_not_grow_the_window(num_bad: int, tail: int) -> None:
-    emoji = list(TOKENIZER._encode("👍"))  # one byte per token
+    emoji = list(TOKENIZER._encode("👍", continues=False))  # one byte per token
     tokens = emoji[:1] * num_bad + emoji + emoji[:tail]
     detokenizer = Detokenizer(TOKENIZER)
     text = ""
@@ -54,7 +57,7 @@ def test_bytes_that_are_no_text_do_not_grow_the_window(num_bad: int, tail: int) 
 
 def test_long_texts_are_encoded_like_short_ones() -> None:
     text = "x = 1\n" * 1000
-    assert asyncio.run(TOKENIZER.encode(text)) == TOKENIZER._encode(text)
+    assert asyncio.run(TOKENIZER.encode(text)) == TOKENIZER._encode(text, continues=False)
 
 
 def test_special_tokens_have_no_text_in_an_answer() -> None:
@@ -68,3 +71,11 @@ def test_folder_without_tokenizer_is_a_config_error(tmp_path: Path) -> None:
         Tokenizer.load(config)
     assert caught.value.field == "model.path"
     assert "\n" not in str(caught.value)
+
+
+async def test_text_that_continues_another_has_no_beginning_of_its_own() -> None:
+    backend = Backend(WordLevel({"<s>": 0, "x": 1}, unk_token="<s>"))
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = Tokenizer(backend, vocab_size=2, max_model_len=8)
+    assert await tokenizer.encode("x") == (0, 1)
+    assert await tokenizer.encode("x", continues=True) == (1,)

@@ -67,10 +67,10 @@ def test_bad_stop_string_is_named_by_its_index(stop: list[str], index: int) -> N
 
 def test_token_ids_out_of_the_vocabulary_are_named_by_their_index() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
-        validation.check_token_ids([1, 49, 50], LIMITS)
+        validation.check_token_ids([1, 49, 50], LIMITS, field="token_ids.ids")
     assert caught.value.field == "token_ids.ids[2]"
     assert "limit=49" in str(caught.value)
-    validation.check_token_ids([0, 49], LIMITS)
+    validation.check_token_ids([0, 49], LIMITS, field="token_ids.ids")
     with pytest.raises(InvalidArgumentError) as caught:
         _read(stop_token_ids=[1, 2**32 - 1])
     assert caught.value.field == "sampling.stop_token_ids[1]"
@@ -93,6 +93,27 @@ def test_prompt_without_room_for_an_answer_is_refused() -> None:
         _fit(100)
     assert caught.value.field == "text"
     assert _fit(99).max_tokens == 1
+
+
+def test_prefix_is_named_where_it_leaves_no_room() -> None:
+    def fit(num_prompt_tokens: int, num_prefix_tokens: int) -> SamplingParams:
+        return validation.fit_context(
+            _read(),
+            num_prompt_tokens,
+            LIMITS,
+            prompt_field="token_ids",
+            num_prefix_tokens=num_prefix_tokens,
+        )
+
+    assert fit(99, 98).max_tokens == 1
+    for num_prompt_tokens, num_prefix_tokens, field in (
+        (100, 99, "prefix"),
+        (100, 1, "prefix"),
+        (101, 1, "token_ids"),  # it is too long without the prefix too
+    ):
+        with pytest.raises(InvalidArgumentError, match=f"{num_prefix_tokens} of them") as caught:
+            fit(num_prompt_tokens, num_prefix_tokens)
+        assert caught.value.field == field
 
 
 def test_prompt_and_answer_have_to_fit_together() -> None:

@@ -22,6 +22,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "redis-url": {"redis": {"url": "rediss://:hunter2@redis.example:6380/0"}},
     "redis-secret": {"redis": {"existingSecret": "shared-redis", "key": "redis-url"}},
+    "two-redis": {"redis": {"existingSecret": "shared-redis", "kvKey": "kv"}},
+    "tenants": {"auth": {"existingSecret": "tenants", "jwtKey": "jwt.pem", "jwtAudience": "chat"}},
     "autoscaling": {
         "autoscaling": {"enabled": True, "minReplicas": 1, "maxReplicas": 5, "targetLoad": 12.5},
         "parallel": {"tp": 2},
@@ -64,5 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
         "serviceAccount": {"create": False},
         "podDisruptionBudget": {"enabled": False},
         "ray": {"auth": "disabled", "upgrade": "None"},
+        "gateway": {"metricsPort": 0},
+        "config": {"store": {"kv_url": "off"}},
     },
 }

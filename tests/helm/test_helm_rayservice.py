@@ -163,6 +163,56 @@ def test_redis_url_stays_in_its_secret(render: Engine, case: str, secret: str, k
     assert ("Secret/chat-redis" in objects) == (case == "redis-url")
 
 
+def test_kv_blocks_may_have_a_redis_of_their_own(render: Engine) -> None:
+    objects = render(CASES["two-redis"])
+    assert _config(objects).store.kv_url == "env:SLUICE_KV_STORE_URL"
+    for name in ("gateway", "worker"):
+        environment = {item["name"]: item for item in _container(_group(objects, name))["env"]}
+        reference = environment["SLUICE_KV_STORE_URL"]["valueFrom"]["secretKeyRef"]
+        assert reference == {"name": "shared-redis", "key": "kv"}
+    assert _config(render(CASES["redis-secret"])).store.kv_url == ""
+    assert _config(render(CASES["bare"])).store.kv_url == "off"
+
+
+def test_tenants_are_mounted_where_gateways_read_them_and_nowhere_else(render: Engine) -> None:
+    objects = render(CASES["tenants"])
+    auth = _config(objects).auth
+    assert (auth.tenants_file, auth.jwt_key_file, auth.jwt_algorithm, auth.jwt_audience) == (
+        "/etc/sluice/auth/tenants.yaml",
+        "/etc/sluice/auth/jwt.pem",
+        "RS256",
+        "chat",
+    )
+    mounts = {m["name"]: m for m in _container(_group(objects, "gateway"))["volumeMounts"]}
+    assert mounts["auth"] == {"name": "auth", "mountPath": "/etc/sluice/auth", "readOnly": True}
+    volumes = _group(objects, "gateway")["template"]["spec"]["volumes"]
+    assert {"name": "auth", "secret": {"secretName": "tenants"}} in volumes
+    head = _spec(objects)["rayClusterConfig"]["headGroupSpec"]
+    for group in (head, _group(objects, "worker")):
+        assert "auth" not in {m["name"] for m in _container(group)["volumeMounts"]}
+    assert "Pod/chat-test-status" not in objects, "it has no credentials"
+    assert _config(render({})).auth == ClusterConfig().auth
+
+
+def test_metrics_of_each_gateway_are_scraped_and_published_by_no_service(render: Engine) -> None:
+    objects = render(CASES["everything"])
+    port = _config(objects).gateway.metrics_port
+    (name,) = (
+        item["name"]
+        for item in _container(_group(objects, "gateway"))["ports"]
+        if item["containerPort"] == port
+    )
+    monitored = objects["PodMonitor/models"]["spec"]["podMetricsEndpoints"]
+    assert name in {endpoint["port"] for endpoint in monitored}
+    (published,) = objects["Service/models-gateway"]["spec"]["ports"]
+    assert published["targetPort"] == "grpc"
+    grpc_rule, metrics_rule = objects["NetworkPolicy/models-gateway"]["spec"]["ingress"]
+    assert [item["port"] for item in grpc_rule["ports"]] == [_config(objects).gateway.port]
+    assert [item["port"] for item in metrics_rule["ports"]] == [port]
+    assert metrics_rule["from"] == CASES["everything"]["networkPolicy"]["metrics"]
+    assert _config(render(CASES["bare"])).gateway.metrics_port == 0
+
+
 def test_kuberay_finds_the_port_that_it_insists_on(render: Engine) -> None:
     head = _container(_spec(render({}))["rayClusterConfig"]["headGroupSpec"])
     assert "serve" in {port["name"] for port in head["ports"]}

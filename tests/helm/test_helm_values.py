@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helm_engines import CHART, Engine, RenderError
 
-from cluster.config import ClusterConfig, ModelConfig
+from cluster.config import AuthConfig, ClusterConfig, ModelConfig
 
 # Knobs that the chart derives from its own values: nobody sets them twice.
 OWN_KNOBS = {
@@ -18,8 +18,9 @@ OWN_KNOBS = {
     "replica": {"num_replicas", "autoscaling", "host", "start_timeout_s", "drain_timeout_s"},
     "gateway": {
         "host", "port", "num_replicas", "tls_cert", "tls_key", "tls_client_ca", "drain_timeout_s",
-        "ray_resource",
+        "ray_resource", "metrics_port",
     },
+    "auth": set(AuthConfig.model_fields),
     "store": {"url"},
 }  # fmt: skip
 
@@ -40,6 +41,10 @@ OWN_KNOBS = {
         ({"config": {"cache": {"block_sise": 16}}}, "block_sise"),
         ({"config": {"cache": {"block_size": 0}}}, "block_size"),
         ({"config": {"store": {"url": "redis://:secret@host"}}}, "url"),
+        ({"config": {"store": {"kv_url": "redis://:secret@host"}}}, "kv_url"),
+        ({"config": {"auth": {"tenants_file": "/x"}}}, "auth"),
+        ({"auth": {"jwtAlgorithm": "none"}}, "jwtAlgorithm"),
+        ({"gateway": {"metricsPort": 70000}}, "metricsPort"),
     ],
 )
 def test_schema_refuses(render: Engine, values: dict[str, Any], said: str) -> None:
@@ -82,6 +87,16 @@ def test_schema_refuses(render: Engine, values: dict[str, Any], said: str) -> No
             {"redis": {"url": "redis://a", "existingSecret": "b"}},
             "redis.url and redis.existingSecret are both set",
         ),
+        ({"redis": {"kvKey": "kv"}}, "redis.kvKey=kv without redis.existingSecret"),
+        (
+            {
+                "redis": {"existingSecret": "b", "kvKey": "kv"},
+                "config": {"store": {"kv_url": "off"}},
+            },
+            "redis.kvKey and config.store.kv_url are both set",
+        ),
+        ({"auth": {"jwtKey": "jwt.pem"}}, "auth.jwtKey=jwt.pem without auth.existingSecret"),
+        ({"gateway": {"metricsPort": 9000}}, "gateway.metricsPort=9000 is gateway.port too"),
         (
             {"model": {"path": "/modelsx/a", "pvc": {"claimName": "weights"}}},
             "model.path=/modelsx/a is outside of model.pvc.mountPath=/models",

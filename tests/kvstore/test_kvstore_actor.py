@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from kvstore_kinds import fresh_namespace, wait_for_store
+from kvstore_kinds import fresh_keys, fresh_namespace, plain, wait_for_store
 
 from cluster.config import StoreConfig
 from cluster.errors import OverloadedError, UnavailableError
@@ -19,7 +19,7 @@ from cluster.kvstore.embedded_actor import (
     delete_actor,
     get_or_create_actor,
 )
-from cluster.kvstore.open import open_store
+from cluster.kvstore.open import open_block_store, open_store
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
@@ -40,8 +40,14 @@ async def _open(config: StoreConfig) -> EmbeddedStoreClient:
 async def test_actor_is_shared_by_all_who_open_its_namespace(config: StoreConfig) -> None:
     one, other = open_store(config), open_store(config)
     await wait_for_store(one, 30.0)
-    await one.put_blocks({bytes(16): b"payload"})
-    assert await other.get_blocks([bytes(16)]) == [b"payload"]
+    await one.put_record("prefix", "a", b"payload")
+    assert (await other.list_records("prefix")).values == {"a": b"payload"}
+    (key,) = fresh_keys(1)
+    left, right = open_block_store(config), open_block_store(config, guarded=False)
+    assert left is not None and right is not None
+    assert await left.put_blocks({key: b"payload"}, pinned=True) == [True]
+    assert plain(await right.get_blocks([key])) == [b"payload"]
+    assert (await right.stats()).num_pinned == 1
 
 
 async def _pid(store: EmbeddedStoreClient) -> int:

@@ -22,6 +22,13 @@ def test_codec_takes_views_of_wider_items() -> None:
     assert decode_block(encode_block(view, b"m"), b"m") == bytes(range(16))
 
 
+def test_codec_copies_nothing_when_it_reads() -> None:
+    for data in (encode_block(b"payload", b"m"), bytearray(encode_block(b"payload", b"m"))):
+        view = decode_block(data, b"m")
+        assert isinstance(view, memoryview)
+        assert view.obj is data
+
+
 @given(payloads, fingerprints, st.data())
 def test_codec_changed_byte_is_a_miss(payload, fingerprint, data) -> None:
     encoded = bytearray(encode_block(payload, fingerprint))

@@ -14,18 +14,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from cluster.clock import VirtualClock
 from cluster.config import StoreConfig
 from cluster.errors import OverloadedError
-from cluster.kvstore.budget import block_cost, newest_that_fit
 from cluster.kvstore.embedded import EmbeddedStore
 
 T = TypeVar("T")
 
-BUDGET_BYTES = 2**20
-KV_TTL_S, JOURNAL_TTL_S = 30.0, 20.0
+JOURNAL_TTL_S = 20.0
 
 names = st.sampled_from("ab")
-block_keys = st.sampled_from([bytes([i]) * 16 for i in range(8)])
-# Sizes are fractions of the budget, so that a few blocks fill it.
-payloads = st.tuples(st.integers(0, 255), st.sampled_from([0, 1, 99, 2**17, 2**18, 2**19, 2**20]))
 
 
 def run(call: Coroutine[Any, Any, T]) -> T:
@@ -43,12 +38,11 @@ class StoreModel(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.clock = VirtualClock()
-        config = StoreConfig.model_validate(
-            {"max_bytes": BUDGET_BYTES, "kv_ttl_s": KV_TTL_S, "journal_ttl_s": JOURNAL_TTL_S}
-        )
+        config = StoreConfig.model_validate({"journal_ttl_s": JOURNAL_TTL_S})
         self.store = EmbeddedStore(config, self.clock, max_journal_bytes=1000)
         self.leases: dict[tuple[str, str], tuple[bytes, float]] = {}
-        self.blocks: list[tuple[bytes, bytes, float]] = []  # key, payload, end; oldest use first
+        self.records: dict[tuple[str, str], bytes] = {}
+        self.copies: dict[str, tuple[str, dict[str, bytes] | None]] = {}
         self.journals: list[tuple[str, list[bytes], float]] = []  # oldest append first
 
     @rule(delta_s=st.sampled_from([0.5, 5.0, 10.0, 20.0]))
@@ -74,36 +68,27 @@ class StoreModel(RuleBasedStateMachine):
         }
         assert list(run(self.store.list_leases(kind)).items()) == list(expected.items())
 
-    @rule(batch=st.dictionaries(block_keys, payloads, max_size=4))
-    def put_blocks(self, batch: dict[bytes, tuple[int, int]]) -> None:
-        blocks = {key: bytes([byte]) * size for key, (byte, size) in batch.items()}
-        written = newest_that_fit(blocks, BUDGET_BYTES)
-        assert run(self.store.put_blocks(blocks)) == len(written)
-        self.blocks = [block for block in self.blocks if block[0] not in written]
-        end_s = self.clock.now() + KV_TTL_S
-        self.blocks += [(key, payload, end_s) for key, payload in written.items()]
-        while sum(block_cost(payload) for _, payload, _ in self.blocks) > BUDGET_BYTES:
-            self.blocks.pop(0)
+    @rule(kind=names, key=names, value=st.binary(max_size=3))
+    def put_record(self, kind: str, key: str, value: bytes) -> None:
+        run(self.store.put_record(kind, key, value))
+        self.records[kind, key] = value
 
-    def _end_blocks(self, keys: list[bytes]) -> None:
-        """What is looked up after its end gives its room back."""
-        now_s = self.clock.now()
-        self.blocks = [b for b in self.blocks if b[0] not in keys or b[2] > now_s]
+    @rule(kind=names, key=names)
+    def drop_record(self, kind: str, key: str) -> None:
+        run(self.store.drop_record(kind, key))
+        self.records.pop((kind, key), None)
 
-    @rule(keys=st.lists(block_keys, max_size=5))
-    def get_blocks(self, keys: list[bytes]) -> None:
-        self._end_blocks(keys)
-        found = run(self.store.get_blocks(keys))
-        live = {key: payload for key, payload, _ in self.blocks}
-        assert found == [live.get(key) for key in keys]
-        for key in keys:
-            self.blocks.sort(key=lambda block: block[0] == key)  # stable: moves it to the end
-
-    @rule(keys=st.lists(block_keys, max_size=5))
-    def has_blocks(self, keys: list[bytes]) -> None:
-        self._end_blocks(keys)
-        live = {key for key, _, _ in self.blocks}
-        assert run(self.store.has_blocks(keys)) == [key in live for key in keys]
+    @rule(kind=names)
+    def list_records(self, kind: str) -> None:
+        """What is the same by its version is the same, and what differs has another version."""
+        expected = {key: value for (of, key), value in self.records.items() if of == kind}
+        version, copy = self.copies.get(kind, ("", None))
+        records = run(self.store.list_records(kind, version))
+        if records.values is None:
+            assert (records.version, expected) == (version, copy)
+        else:
+            assert records.values == expected
+        self.copies[kind] = (records.version, expected)
 
     def _journal(self, key: str) -> list[bytes]:
         for name, entries, end_s in self.journals:
@@ -164,18 +149,15 @@ def test_embedded_read_journal_is_not_changed_by_later_appends() -> None:
 
 def test_embedded_ttl_ends_at_its_very_moment() -> None:
     clock = VirtualClock()
-    config = StoreConfig.model_validate({"kv_ttl_s": 8.0, "journal_ttl_s": 8.0})
+    config = StoreConfig.model_validate({"journal_ttl_s": 8.0})
     store = EmbeddedStore(config, clock)
     run(store.put_lease("replica", "a", b"", 8.0))
-    run(store.put_blocks({b"k": b"payload"}))
     run(store.append_journal("r", [b"entry"]))
     clock.advance(7.75)
     assert run(store.list_leases("replica")) == {"a": b""}
-    assert run(store.has_blocks([b"k"])) == [True]
     assert run(store.read_journal("r")) == [b"entry"]
     clock.advance(0.25)
     assert run(store.list_leases("replica")) == {}
-    assert run(store.get_blocks([b"k"])) == [None]
     assert run(store.read_journal("r")) == []
 
 
@@ -185,13 +167,4 @@ def test_embedded_journal_that_was_silent_longest_makes_room() -> None:
     for key in ("a", "b", "c", "a", "d"):  # the last two are 1,200 bytes and more with b and c
         run(store.append_journal(key, entry if key != "a" else [bytes(100)]))
     assert [len(run(store.read_journal(key))) for key in "abcd"] == [2, 0, 1, 1]
-    store.check_invariants()
-
-
-def test_embedded_empty_blocks_are_not_free() -> None:
-    config = StoreConfig.model_validate({"max_bytes": BUDGET_BYTES})
-    store = EmbeddedStore(config, VirtualClock())
-    keys = [i.to_bytes(16, "little") for i in range(10_000)]
-    assert run(store.put_blocks(dict.fromkeys(keys, b""))) == BUDGET_BYTES // 256
-    assert sum(run(store.has_blocks(keys))) == BUDGET_BYTES // 256
     store.check_invariants()

@@ -107,17 +107,21 @@ def make_runner(
     dtype: str = "float32",
     shard: ShardSpec | None = None,
     collective: Any = None,
+    cache_dtype: str = "auto",
+    slots: torch.Tensor | None = None,
 ) -> ModelRunner:
     """Return a runner whose whole cache is NaN: whatever reads an unused slot shows."""
     runner = ModelRunner(
         ModelConfig(path=str(folder), dtype=dtype),  # type: ignore[arg-type]
-        CacheConfig(block_size=BLOCK_SIZE),
+        CacheConfig(block_size=BLOCK_SIZE, dtype=cache_dtype),  # type: ignore[arg-type]
         shard or ShardSpec(0, 1, 0, 1),
         collective or NoCollective(),
         max_model_len=inspect_checkpoint(folder).max_model_len,
         num_blocks=NUM_BLOCKS,
+        slots=slots,
     )
-    runner._cache.numbers_L2BSKH.fill_(torch.nan)
+    if cache_dtype == "auto":
+        runner._cache.numbers_L2BSKH.fill_(torch.nan)
     return runner
 
 

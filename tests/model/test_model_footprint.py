@@ -44,7 +44,9 @@ def make_info(**changes: Any) -> ModelInfo:
 
 
 def make_config(*overrides: str) -> ClusterConfig:
-    return load_config(None, ["cache.num_blocks=10", *overrides])
+    """Return a configuration whose host tier has seven blocks, and a rest that is not taken."""
+    host = f"cache.host_memory_bytes={7 * BLOCK + 1}"
+    return load_config(None, ["cache.num_blocks=10", host, *overrides])
 
 
 @pytest.mark.parametrize(
@@ -85,12 +87,20 @@ def test_quantized_weights_lie_in_memory_as_in_the_file() -> None:
 @pytest.mark.parametrize(
     ("overrides", "num_workers", "worker_bytes"),
     [
-        ([], 1, LAYERS + HEAD + 10 * BLOCK),
-        (["parallel.tp=2", "replica.num_replicas=2"], 4, (LAYERS + HEAD + 10 * BLOCK) / 2),
+        ([], 1, LAYERS + HEAD + 17 * BLOCK),
+        (
+            [
+                "parallel.tp=2",
+                "replica.num_replicas=2",
+                f"cache.host_memory_bytes={7 * BLOCK // 2}",
+            ],
+            4,
+            (LAYERS + HEAD + 17 * BLOCK) / 2,
+        ),
         (
             ['replica.autoscaling={"min_replicas": 1, "max_replicas": 3}'],
             3,
-            LAYERS + HEAD + 10 * BLOCK,
+            LAYERS + HEAD + 17 * BLOCK,
         ),
     ],
 )
@@ -106,9 +116,10 @@ def test_what_all_groups_take_has_to_be_free(
         check_fits(info, config)
     weights = weight_bytes_of_worker(info, config)
     assert caught.value.field == "model.path"
+    block = (round(worker_bytes) - weights) // 17
     assert (
-        f"{num_workers} workers x ({weights} bytes of weights + {round(worker_bytes) - weights} "
-        f"bytes of KV cache) = {wanted} bytes, {wanted - 1} are free"
+        f"{num_workers} workers x ({weights} bytes of weights + {10 * block} bytes of KV cache + "
+        f"{7 * block} bytes of host tier) = {wanted} bytes, {wanted - 1} are free"
     ) in str(caught.value)
 
 

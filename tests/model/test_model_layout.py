@@ -7,7 +7,13 @@ import pytest
 
 from cluster.config import CacheConfig
 from cluster.errors import ConfigError
-from cluster.model.layout import block_bytes, num_blocks_for, stage_layers
+from cluster.model.layout import (
+    block_bytes,
+    largest_part_bytes,
+    num_blocks_for,
+    num_host_slots_for,
+    stage_layers,
+)
 from cluster.model.model_info import ModelInfo
 
 
@@ -96,3 +102,13 @@ def test_a_cache_that_cannot_work_is_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         num_blocks_for(make_info(), CacheConfig(**cache), "auto", 1, 1, **options)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("tp", "pp", "num_layers"), [(1, 1, 12), (2, 1, 12), (1, 2, 8)])
+def test_slots_hold_the_largest_part_on_every_worker(tp: int, pp: int, num_layers: int) -> None:
+    info, layout = make_info(), (tp, pp)
+    part_bytes = 2 * num_layers * 16 * (2 // tp) * 8 * 2
+    cache = CacheConfig(host_memory_bytes=100 * part_bytes - 1)
+    assert largest_part_bytes(info, cache, "auto", *layout) == part_bytes
+    assert num_host_slots_for(info, cache, "auto", *layout) == 99
+    assert num_host_slots_for(info, CacheConfig(host_memory_bytes=0), "auto", *layout) == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,25 @@ from model_fakes import (
 )
 
 from cluster.config import CacheConfig, ModelConfig
-from cluster.errors import ConfigError, InvalidArgumentError
+from cluster.errors import ConfigError
 from cluster.model.collective import NoCollective
 from cluster.model.runner import ModelRunner, ShardSpec
-from cluster.step import SequenceStep, StepPlan
+from cluster.step import BlockMoves, SequenceStep, StepPlan
 
 NUM_TOKENS = 24
+
+
+def make_slots(block_nbytes: int) -> torch.Tensor:
+    return torch.zeros(3, block_nbytes, dtype=torch.uint8)
+
+
+def runners_over_one_host_tier(
+    folder: Path, cache_dtype: str
+) -> tuple[ModelRunner, ModelRunner, torch.Tensor]:
+    nbytes = make_runner(folder, cache_dtype=cache_dtype).block_nbytes
+    slots = make_slots(nbytes)
+    here, there = (make_runner(folder, cache_dtype=cache_dtype, slots=slots) for _ in range(2))
+    return here, there, slots
 
 
 @pytest.fixture(autouse=True)
@@ -92,28 +106,49 @@ def test_runner_samples_only_where_a_plan_asks(tmp_path: Path) -> None:
     assert list(runner.execute(StepPlan(1, (other, end)), None)) == [7]  # type: ignore[arg-type]
 
 
-def test_runner_blocks_travel_bit_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_runner_moves_blocks_before_it_computes(cache_dtype: str, tmp_path: Path) -> None:
     folder = save_model("qwen3", tmp_path)
-    here, there = make_runner(folder), make_runner(folder)
+    here, there, slots = runners_over_one_host_tier(folder, cache_dtype)
     prompt = tuple(prompts()[3][: 2 * BLOCK_SIZE])
     here.execute(StepPlan(0, (SequenceStep(0, prompt, 0, (5, 3), None),)), None)
-    for source, target in ((5, 60), (3, 61)):
-        data = here.read_block(source)
-        assert len(data) == here.block_nbytes
-        there.write_block(target, data)
-        assert there.read_block(target) == data
+    slots.fill_(255)
+    assert here.execute(StepPlan(1, (), BlockMoves(((5, 2), (3, 0)))), None) == {}
+    assert bool((slots[1] == 255).all()) and not bool((slots[[0, 2]] == 255).all())
     last = (9,)
-    plans = [
-        StepPlan(1, (SequenceStep(0, last, 2 * BLOCK_SIZE, (*table, 1), greedy_spec(9)),))
+    steps = [
+        (SequenceStep(1, last, 2 * BLOCK_SIZE, (*table, 1), greedy_spec(9)),)
         for table in ((5, 3), (60, 61))
     ]
-    assert here.execute(plans[0], None) == there.execute(plans[1], None)
+    restores = BlockMoves(restores=((2, 60), (0, 61)))
+    expected = here.execute(StepPlan(2, steps[0]), None)
+    assert there.execute(StepPlan(2, steps[1], restores), None) == expected
 
 
-def test_runner_refuses_a_block_of_another_layout(tmp_path: Path) -> None:
-    runner = make_runner(save_model("llama", tmp_path))
-    with pytest.raises(InvalidArgumentError, match=f"expected {runner.block_nbytes}"):
-        runner.write_block(0, b"short")
+def test_stage_moves_its_own_part(tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path)  # three layers
+    prompt = tuple(prompts()[3][:BLOCK_SIZE])
+    whole = SequenceStep(0, prompt, 0, (5,), greedy_spec(BLOCK_SIZE))
+    last = SequenceStep(1, (9,), BLOCK_SIZE, (7, 8), greedy_spec(BLOCK_SIZE + 1))
+    stages, sizes = [], []
+    for pp_rank in range(2):
+        shard = ShardSpec(0, 1, pp_rank, 2)
+        nbytes = make_runner(folder, shard=shard).block_nbytes
+        stages.append(make_runner(folder, shard=shard, slots=make_slots(nbytes)))
+        sizes.append(nbytes)
+    assert sorted(sizes)[1] == 2 * sorted(sizes)[0]
+    step = run_pipeline(stages)
+    plain = run_pipeline([make_runner(folder)])
+    assert step(StepPlan(0, (whole,), BlockMoves())) == plain(StepPlan(0, (whole,)))
+    moves = BlockMoves(((5, 1),), ((1, 7),))
+    expected = plain(StepPlan(1, (replace(last, block_table=(5, 8)),)))
+    assert step(StepPlan(1, (last,), moves)) == expected
+
+
+def test_runner_refuses_slots_of_another_layout(tmp_path: Path) -> None:
+    folder = save_model("llama", tmp_path)
+    with pytest.raises(ConfigError, match="made for another model"):
+        make_runner(folder, slots=make_slots(7))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from cluster.errors import UnavailableError
 from cluster.replica.channel import Channel, ChannelListener, connect
 from cluster.replica.executor import GroupExecutor
-from cluster.step import SampleSpec, SequenceStep, StepPlan, StepResult
+from cluster.step import BlockMoves, SampleSpec, SequenceStep, StepPlan, StepResult
 from cluster.types import SampledToken, TokenLogprob
 
 
@@ -142,6 +143,32 @@ def test_executor_returns_results_in_the_order_of_the_steps(pair: Any) -> None:
     for step_id in (1, 2):
         workers[1].send("result", StepResult(step_id, {1: SampledToken(step_id)}).encode())
     assert [executor.collect(1.0).step_id for _ in range(2)] == [1, 2]
+
+
+def test_listener_may_be_closed_twice() -> None:
+    listener = ChannelListener("127.0.0.1", 1)
+    listener.close()
+    listener.close()
+
+
+def test_executor_waits_for_every_worker_that_moves_blocks(pair: Any) -> None:
+    leader, workers = pair
+    executor = GroupExecutor(leader, num_blocks=8, num_stages=2)
+    moving = replace(plan(1), moves=BlockMoves(offloads=((0, 0),)))
+    executor.submit(moving)
+    executor.submit(plan(2))
+    executor.submit(replace(moving, step_id=3))
+    assert StepPlan.decode(workers[0].receive()[1]) == moving
+    for step_id in (1, 2, 3):
+        workers[1].send("result", StepResult(step_id, {1: SampledToken(step_id)}).encode())
+    with pytest.raises(UnavailableError, match="a worker hangs"):
+        executor.collect(0.05)
+    workers[0].send("moved", 1)
+    assert [executor.collect(1.0).step_id for _ in range(2)] == [1, 2]
+    with pytest.raises(UnavailableError, match="a worker hangs"):
+        executor.collect(0.05)
+    workers[0].send("moved", 3)
+    assert executor.collect(1.0).step_id == 3
 
 
 def test_executor_notices_a_dead_worker_at_once(pair: Any) -> None:

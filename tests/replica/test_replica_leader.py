@@ -12,13 +12,16 @@ from pathlib import Path
 
 import grpc
 import pytest
+from mover_fakes import MemoryBlocks, ScriptedMover
 
 from cluster.clock import WallClock
 from cluster.config import DEMO_MODEL_PATH, StoreConfig, load_config
 from cluster.errors import UnavailableError
+from cluster.kvstore.block_key import block_keys, part_prefix
 from cluster.kvstore.embedded import EmbeddedStore
 from cluster.kvstore.registry import Registry
 from cluster.model.checkpoint import inspect_checkpoint
+from cluster.replica.build import Tiers, fingerprint_of
 from cluster.replica.group import GroupLifecycle, GroupState
 from cluster.replica.leader import Leader
 from cluster.rpc import convert
@@ -42,7 +45,12 @@ class SlowExecutor(FakeExecutor):
 class Group:
     """A leader that runs, with what belongs to it."""
 
-    def __init__(self, *overrides: str) -> None:
+    def __init__(
+        self,
+        *overrides: str,
+        mover: ScriptedMover | None = None,
+        blocks: MemoryBlocks | None = None,
+    ) -> None:
         self.config = load_config(None, ["replica.lease_ttl_s=1", *overrides])
         self.executor = SlowExecutor(num_blocks=512, block_size=16, vocab_size=4096)
         self.store = EmbeddedStore(StoreConfig(), WallClock())
@@ -65,12 +73,16 @@ class Group:
             node_id="n1",
             public_host="127.0.0.1",
             on_end=self.ends.append,
+            tiers=Tiers(16, 2**16, mover),
+            blocks=blocks,
         )
 
 
 @contextlib.asynccontextmanager
-async def started(*overrides: str) -> AsyncIterator[tuple[Group, ReplicaInfo]]:
-    group = Group(*overrides)
+async def started(
+    *overrides: str, mover: ScriptedMover | None = None, blocks: MemoryBlocks | None = None
+) -> AsyncIterator[tuple[Group, ReplicaInfo]]:
+    group = Group(*overrides, mover=mover, blocks=blocks)
     info = await group.leader.start()
     try:
         yield group, info
@@ -154,6 +166,63 @@ async def test_lease_is_renewed_after_the_store_was_away() -> None:
         group.store.put_lease = put  # type: ignore[method-assign]
         await asyncio.sleep(0.4)
         assert len(await Registry(group.store).list()) == 1
+
+
+def stored_blocks(num_blocks: int) -> tuple[MemoryBlocks, list[bytes]]:
+    """Return a store with blocks of the shipped model, and of others; and the former's hashes."""
+    prefix = part_prefix(fingerprint_of(load_config(None, [])), pp=1, part=0)
+    hashes = [bytes([i]) * 16 for i in range(num_blocks)]
+    ours = block_keys(prefix, hashes)
+    other = block_keys(prefix[:-1] + b"x", hashes)
+    return MemoryBlocks(dict.fromkeys([*other, *ours], b"")), hashes
+
+
+async def test_warm_up_fetches_the_hottest_blocks_before_the_lease() -> None:
+    blocks, hashes = stored_blocks(20)
+    mover = ScriptedMover()
+    mover.is_silent = True
+    group = Group(mover=mover, blocks=blocks)
+    starting = asyncio.create_task(group.leader.start())
+    await until(lambda: mover.moves)
+    await asyncio.sleep(0.05)
+    assert await Registry(group.store).list() == []
+    mover.is_silent = False
+    await asyncio.wait_for(starting, 5)
+    assert [h for move in mover.moves for h in move.hashes] == hashes[:8], "half of the slots"
+    await until(lambda: group.leader.load.cache.num_host_blocks == 8)
+    await group.leader.stop()
+
+
+@pytest.mark.parametrize("failure", [UnavailableError("away"), RuntimeError("a bug")])
+async def test_warm_up_of_a_dead_store_is_a_cold_start(failure: Exception) -> None:
+    blocks, _ = stored_blocks(20)
+    blocks.fails = failure
+    async with started(mover=ScriptedMover(), blocks=blocks) as (_, info):
+        assert (await last_output(info, max_tokens=3)).finish_reason is not None
+
+
+@pytest.mark.parametrize("who", ["store", "mover"])
+async def test_warm_up_waits_no_longer_than_its_time(who: str) -> None:
+    blocks, _ = stored_blocks(20)
+    mover = ScriptedMover()
+    mover.is_silent = who == "mover"
+    if who == "store":
+        blocks.gate = asyncio.Event()
+    start_s = time.monotonic()
+    override = "replica.warm_up_timeout_s=0.2"
+    async with started(override, mover=mover, blocks=blocks) as (group, info):
+        assert 0.2 <= time.monotonic() - start_s < 2
+        mover.is_silent = False  # what comes late is welcome
+        assert (await last_output(info, max_tokens=3)).finish_reason is not None
+        num_blocks = 8 if who == "mover" else 0
+        await until(lambda: group.leader.load.cache.num_host_blocks >= num_blocks)
+
+
+async def test_no_warm_up_where_its_time_is_zero() -> None:
+    blocks, _ = stored_blocks(20)
+    override = "replica.warm_up_timeout_s=0"
+    async with started(override, mover=ScriptedMover(), blocks=blocks):
+        assert blocks.calls == []
 
 
 async def broken(*_arguments: object) -> None:

@@ -15,6 +15,7 @@ from cluster.clock import WallClock
 from cluster.config import EngineConfig
 from cluster.engine.engine import Engine
 from cluster.kvstore.block_hash import block_hashes, router_key
+from cluster.replica import service
 from cluster.replica.engine_loop import EngineLoop
 from cluster.replica.service import EngineServicer
 from cluster.rpc import convert
@@ -211,6 +212,38 @@ async def test_drain_refuses_new_requests_and_lets_old_ones_finish() -> None:
         by_id = {o.request_id: o for o in outputs}
         assert by_id["new"].error is not None
         assert by_id["old"].finish_reason is FinishReason.LENGTH
+
+
+async def test_flush_forgets_what_no_request_uses() -> None:
+    async with running() as leader, gateway(leader) as session:
+        await session.submit("a", num_prompt=9)
+        await session.outputs()
+        async with grpc.aio.insecure_channel(leader.address) as channel:
+            stub = engine_pb2_grpc.EngineStub(channel)
+            for expected in (3, 0):  # 9 + 5 tokens, the last one is in no block
+                reply = await stub.FlushCache(engine_pb2.FlushCacheRequest())
+                assert reply.num_blocks == expected
+            leader.loop.stop(5)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.FlushCache(engine_pb2.FlushCacheRequest())
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_flush_waits_for_the_present_step_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "FLUSH_TIMEOUT_S", 0.1)
+    async with running() as leader, gateway(leader) as session:
+        leader.executor.gate.clear()
+        await session.submit("a")
+        await until(lambda: leader.executor.plans)
+        async with grpc.aio.insecure_channel(leader.address) as channel:
+            stub = engine_pb2_grpc.EngineStub(channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.FlushCache(engine_pb2.FlushCacheRequest())
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        leader.executor.gate.set()
+        assert (await session.outputs())[-1].finish_reason is FinishReason.LENGTH
 
 
 async def test_dead_executor_ends_every_request_with_unavailable() -> None:

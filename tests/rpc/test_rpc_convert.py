@@ -10,6 +10,7 @@ from cluster.rpc import convert
 from cluster.rpc.sluice.internal.v1 import engine_pb2
 from cluster.types import (
     SLO,
+    CacheLoad,
     EngineOutput,
     EngineRequest,
     FinishReason,
@@ -17,6 +18,7 @@ from cluster.types import (
     SampledToken,
     SamplingParams,
     StepCost,
+    StoreState,
     TokenLogprob,
 )
 
@@ -50,6 +52,7 @@ _request = st.builds(
     salt=st.binary(max_size=32),
     deadline_s=st.none() | st.floats(1e-6, 1e9),
     slo=st.builds(SLO, ttft_s=st.none() | _double, tpot_s=st.none() | _double),
+    pins_prefix=st.booleans(),
 )
 _top = st.lists(st.builds(TokenLogprob, token_id=_u32, logprob=_float), max_size=3).map(tuple)
 _plain = st.builds(SampledToken, token_id=_u32)
@@ -70,7 +73,16 @@ _cost = st.builds(
     prompt_work_s=_double,
     num_steps=_u64,
 )
-_others = {"is_draining": st.booleans(), "step_cost": st.none() | _cost}
+_wide = ("tokens", "evictions", "stored", "fetched", "rejected", "late", "failed", "corrupt")
+_cache = st.builds(
+    CacheLoad,
+    **{
+        field.name: _u64 if any(word in field.name for word in _wide) else _u32
+        for field in dataclasses.fields(CacheLoad)
+    }
+    | {"store_state": st.sampled_from(StoreState), "saved_s": _double},
+)
+_others = {"is_draining": st.booleans(), "step_cost": st.none() | _cost, "cache": _cache}
 _load = st.builds(
     ReplicaLoad,
     **{

@@ -6,16 +6,19 @@ from typing import Any
 import pytest
 
 from cluster.errors import (
+    AlreadyExistsError,
     CancelledError,
     DeadlineError,
     InvalidArgumentError,
     NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
     SluiceError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from cluster.gateway.status import status_of
-from cluster.rpc import public
+from cluster.rpc import public, public_cache
 
 
 @pytest.mark.parametrize(
@@ -23,6 +26,9 @@ from cluster.rpc import public
     [
         InvalidArgumentError("top_p=2: ...", field="sampling.top_p"),
         NotFoundError("model"),
+        AlreadyExistsError("name"),
+        UnauthenticatedError("who"),
+        PermissionDeniedError("no"),
         OverloadedError("full", retry_after_s=2.5),
         DeadlineError("late"),
         CancelledError("gone"),
@@ -60,6 +66,16 @@ def _request(**fields: Any) -> Callable[[], object]:
         (_request(token_ids=[1]), "prompt"),
         (_request(prompt=None, token_ids=[-1]), "token_ids"),
         (_request(prompt="\ud800"), "text"),
+        (_request(model="\ud800"), "model"),
+        (_request(prefix="\ud800"), "prefix"),
+        (lambda: public_cache.remove_request("\ud800"), "name"),
+        (lambda: public_cache.register_request("\ud800", "x", None, ""), "name"),
+        (lambda: public_cache.inspect_request("x", None, "\ud800", ""), "prefix"),
+        (lambda: public_cache.register_request("a", None, None, ""), "prompt"),
+        (lambda: public_cache.register_request("a", "x", [1], ""), "prompt"),
+        (lambda: public_cache.register_request("a", None, [-1], ""), "token_ids"),
+        (lambda: public_cache.inspect_request(None, None, "", ""), "prompt"),
+        (lambda: public_cache.inspect_request("x", [1], "a", ""), "prompt"),
     ],
 )
 def test_what_cannot_be_written_down_is_refused_here(

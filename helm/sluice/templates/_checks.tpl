@@ -56,6 +56,22 @@
 {{- if and .url .existingSecret -}}
 {{- fail "redis.url and redis.existingSecret are both set: keep one of them" -}}
 {{- end -}}
+{{- if and .kvKey (not .existingSecret) -}}
+{{- fail (printf "redis.kvKey=%s without redis.existingSecret: the chart's own Secret has one URL only" .kvKey) -}}
+{{- end -}}
+{{- if and .kvKey (hasKey (default dict $.Values.config.store) "kv_url") -}}
+{{- fail "redis.kvKey and config.store.kv_url are both set: keep one of them" -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.auth -}}
+{{- if and .jwtKey (not .existingSecret) -}}
+{{- fail (printf "auth.jwtKey=%s without auth.existingSecret: name the Secret that holds it and the tenants file" .jwtKey) -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.gateway -}}
+{{- if eq (int64 .metricsPort) (int64 .port) -}}
+{{- fail (printf "gateway.metricsPort=%d is gateway.port too: choose another" (int64 .metricsPort)) -}}
+{{- end -}}
 {{- end -}}
 {{- with .Values.model -}}
 {{- if and .pvc.claimName (not (hasPrefix (printf "%s/" (trimSuffix "/" .pvc.mountPath)) (printf "%s/" .path))) -}}

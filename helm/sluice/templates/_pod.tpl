@@ -8,6 +8,13 @@
     secretKeyRef:
       name: {{ . }}
       key: {{ $.Values.redis.key }}
+{{- if $.Values.redis.kvKey }}
+- name: SLUICE_KV_STORE_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: {{ $.Values.redis.kvKey }}
+{{- end }}
 {{- end }}
 {{- end -}}
 
@@ -74,6 +81,7 @@ nvidia.com/gpu: {{ . | quote }}
 {{- $root := .root -}}
 {{- $node := index $root.Values .kind -}}
 {{- $tls := and (eq .kind "gateway") $root.Values.gateway.tls.existingSecret -}}
+{{- $auth := and (eq .kind "gateway") $root.Values.auth.existingSecret -}}
 {{- $resources := include "sluice.resources" (dict "node" $node "gpus" .gpus) -}}
 {{- $claim := $root.Values.model.pvc.claimName -}}
 metadata:
@@ -133,6 +141,11 @@ spec:
           mountPath: /etc/sluice/tls
           readOnly: true
         {{- end }}
+        {{- if $auth }}
+        - name: auth
+          mountPath: /etc/sluice/auth
+          readOnly: true
+        {{- end }}
   volumes:
     - name: shared-memory
       emptyDir:
@@ -148,6 +161,11 @@ spec:
     - name: tls
       secret:
         secretName: {{ $root.Values.gateway.tls.existingSecret }}
+    {{- end }}
+    {{- if $auth }}
+    - name: auth
+      secret:
+        secretName: {{ $auth }}
     {{- end }}
   {{- range $field := list "nodeSelector" "tolerations" "affinity" }}
   {{- with index $node $field }}
@@ -171,6 +189,10 @@ spec:
 {{- define "sluice.gatewayPorts" -}}
 - name: grpc
   containerPort: {{ .Values.gateway.port }}
+{{- if .Values.gateway.metricsPort }}
+- name: sluice-metrics
+  containerPort: {{ .Values.gateway.metricsPort }}
+{{- end }}
 {{ include "sluice.workerPorts" . }}
 {{- end -}}
 

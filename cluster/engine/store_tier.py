@@ -1,0 +1,332 @@
+"""What is read from the store and written to it, for one replica: decisions, no I/O.
+
+    a prompt arrives ──FIND──► which of its missing blocks are there?
+                          └──► fetch or recompute (fetch_plan.py) ──GET──► slots of the host tier
+    a block is worth it ──────────────────────────────────────────PUT──► the store
+
+Nothing waits for the store without a time after which it goes on alone, nothing queues for it
+without a bound, and what fails is only slower. Two circuit breakers stand between: while reads
+fail nobody waits, while writes fail nothing is written, and both try again by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+from itertools import count
+
+from cluster.clock import Clock
+from cluster.config import StoreConfig
+from cluster.engine.fetch_plan import TransferTime, first_fetched, prefill_seconds
+from cluster.engine.host_tier import HostTier
+from cluster.engine.mover import BlockMover, Move, MoveKind, MoveResult
+from cluster.engine.store_writer import StoreWriter
+from cluster.kvstore.breaker import BreakerState, CircuitBreaker
+from cluster.types import StepCost, StoreState
+
+MAX_FIND_BLOCKS = 4096
+MAX_OPEN_MOVES = 64
+
+MIN_HOLD_S = 0.02
+PATIENCE = 4.0  # a fetch may take so many times what was predicted
+
+
+@dataclass(slots=True)
+class Fetch:
+    """What a sequence has asked of the store; its blocks are numbered from its beginning."""
+
+    start: int  # first block that is wanted, and computed by nobody
+    end: int
+    until_s: float  # then the sequence goes on without
+    num_open: int = 0  # moves whose results have not come
+    num_bytes: int = 0  # that came
+    num_blocks: int = 0  # likewise
+    is_given_up: bool = False  # its sequence has ended, or went on without it
+    elapsed_s: float = 0.0  # of the slowest piece: steps that went on meanwhile do not count
+
+
+@dataclass(slots=True)
+class StoreCounters:
+    """Since start; meanings as in `types.CacheLoad`."""
+
+    num_stored_blocks: int = 0
+    num_fetched_blocks: int = 0
+    stored_bytes: int = 0
+    fetched_bytes: int = 0
+    num_late: int = 0
+    num_failed: int = 0
+    num_corrupt: int = 0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A move whose result has not come."""
+
+    move: Move
+    fetch: Fetch | None = None  # that it is part of
+    prompt: Prompt | None = None  # of a FIND
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the decision about a fetch needs to know of a sequence."""
+
+    hashes: tuple[bytes, ...]  # of its blocks from `start` on that are missing here
+    start: int  # index of the first of them in the sequence
+    fetch: Fetch = field(compare=False)
+
+
+class StoreTier:
+    """Talks to one replica's mover.
+
+    Args:
+        mover: Moves the blocks.
+        host: Where they come from and arrive.
+        config: Limits and times.
+        clock: Of the engine.
+        block_size: Tokens per block.
+        block_nbytes: Of one worker's part, the largest.
+        step_tokens: Prompt tokens that one step may take.
+    """
+
+    def __init__(
+        self,
+        mover: BlockMover,
+        host: HostTier,
+        config: StoreConfig,
+        clock: Clock,
+        *,
+        block_size: int,
+        block_nbytes: int,
+        step_tokens: int,
+    ) -> None:
+        self.counters = StoreCounters()
+        self.num_preloaded = 0  # blocks fetched for no sequence
+        self._mover = mover
+        self._host = host
+        self._config = config
+        self._clock = clock
+        self._block_size = block_size
+        self._block_nbytes = block_nbytes
+        self._step_blocks = max(1, step_tokens // block_size)
+        self._piece_blocks = max(1, config.kv_chunk_bytes // block_nbytes)
+        self.writer = StoreWriter(
+            host,
+            clock,
+            max_put_blocks=max(1, config.kv_inflight_bytes // block_nbytes),
+            piece_blocks=self._piece_blocks,
+        )
+        self._reads = CircuitBreaker(clock)
+        self._writes = CircuitBreaker(clock)
+        self._times = TransferTime(clock)
+        self._open: dict[int, _Open] = {}
+        self._move_ids = count()
+
+    @property
+    def state(self) -> StoreState:
+        """How the store does."""
+        if self._reads.state is BreakerState.OPEN:
+            return StoreState.OFF
+        if self._reads.state is BreakerState.CLOSED and self.is_writable:
+            return StoreState.EXACT
+        return StoreState.DEGRADED
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether anything is written at present."""
+        return self._writes.state is BreakerState.CLOSED
+
+    @property
+    def num_preloading(self) -> int:
+        """Blocks that are fetched for no sequence."""
+        return sum(
+            len(item.move.hashes)
+            for item in self._open.values()
+            if item.move.kind is MoveKind.GET and item.fetch is None
+        )
+
+    def find(self, hashes: Ordered[bytes], start: int, cost: StepCost | None) -> Fetch | None:
+        """Ask which blocks of a prompt are there; return what its sequence may wait for.
+
+        Args:
+            hashes: Of the blocks that are missing here, in order.
+            start: Index of the first one in its sequence.
+            cost: Of a step; None is not known.
+
+        Returns:
+            None where asking would not pay, or the store is not asked at present.
+        """
+        hashes = tuple(hashes[:MAX_FIND_BLOCKS])
+        if not hashes or len(self._open) >= MAX_OPEN_MOVES or not self._host.num_available:
+            return None
+        hold_s = max(MIN_HOLD_S, PATIENCE * self._times.latency_s)
+        if cost is not None:
+            computed_s = self._prefill_s(cost, len(hashes), start)[-1]
+            if self._times.seconds(self._block_nbytes) > computed_s:
+                return None
+        if not self._reads.allow():
+            return None
+        fetch = Fetch(start, start + len(hashes), self._clock.now() + self._bound(hold_s))
+        move = Move(next(self._move_ids), MoveKind.FIND, hashes)
+        self._begin(_Open(move, fetch, Prompt(hashes, start, fetch)))
+        return fetch
+
+    def preload(self, hashes: Ordered[bytes]) -> None:
+        """Fetch blocks into slots that are free, for whoever comes."""
+        if self._reads.allow():
+            self._get([h for h in hashes if h not in self._host], None)
+
+    def write(self) -> None:
+        """Begin to write what is staged, as much as may be under way."""
+        if self.is_writable:
+            for hashes, is_pinned in self.writer.take_pieces(MAX_OPEN_MOVES - len(self._open)):
+                self._put(hashes, is_pinned=is_pinned)
+
+    def probe(self) -> None:
+        """Where reads or writes have failed, try one, as soon as it is time to."""
+        if self._reads.state is not BreakerState.CLOSED and self._reads.allow():
+            self._begin(_Open(Move(next(self._move_ids), MoveKind.FIND, ())))
+        if not self.is_writable and self._writes.allow():
+            block_hash = self.writer.take_any()
+            if block_hash is not None:
+                self._put((block_hash,), is_pinned=False)
+
+    def collect(self, timeout_s: float, cost: StepCost | None) -> bool:
+        """Take the results that are there; wait up to `timeout_s` seconds for the first.
+
+        Returns:
+            Whether there was one.
+        """
+        results = self._mover.collect(timeout_s) if self._open else []
+        for result in results:
+            item = self._open.pop(result.move_id)
+            self.counters.num_corrupt += result.num_corrupt
+            if result.error:
+                self.counters.num_failed += 1
+            if item.move.kind is MoveKind.PUT:
+                self._put_ended(item.move, result)
+            elif item.move.kind is MoveKind.GET:
+                self._get_ended(item, result)
+            else:
+                self._find_ended(item, result, cost)
+        return bool(results)
+
+    def clear(self) -> None:
+        """Forget what is to be written, and what is believed to be in the store."""
+        self.writer.clear()
+
+    def check_invariants(self) -> None:
+        """Assert that the books agree with the moves under way."""
+        puts = [i.move for i in self._open.values() if i.move.kind is MoveKind.PUT]
+        self.writer.check_invariants([h for move in puts for h in move.hashes])
+        assert len(self._open) <= MAX_OPEN_MOVES + 2, "more than probes beyond the limit"
+
+    def _begin(self, item: _Open) -> None:
+        self._open[item.move.move_id] = item
+        if item.fetch is not None:
+            item.fetch.num_open += 1
+        self._mover.submit(item.move)
+
+    def _get(self, hashes: Ordered[bytes], fetch: Fetch | None) -> int:
+        """Begin to fetch blocks, in pieces; return how many found a slot."""
+        slots: list[int] = []
+        num_most = (MAX_OPEN_MOVES - len(self._open)) * self._piece_blocks
+        for _ in hashes[:num_most]:
+            slot = self._host.reserve()
+            if slot is None:
+                break
+            slots.append(slot)
+        for start in range(0, len(slots), self._piece_blocks):
+            end = start + self._piece_blocks
+            piece = tuple(hashes[: len(slots)][start:end])
+            move = Move(next(self._move_ids), MoveKind.GET, piece, tuple(slots[start:end]))
+            self._begin(_Open(move, fetch))
+        return len(slots)
+
+    def _put(self, hashes: tuple[bytes, ...], *, is_pinned: bool) -> None:
+        slots = tuple(map(self._host.slot_of, hashes))
+        self._begin(_Open(Move(next(self._move_ids), MoveKind.PUT, hashes, slots, is_pinned)))
+
+    def _put_ended(self, move: Move, result: MoveResult) -> None:
+        self._report(self._writes, result)
+        self.writer.put_ended(move.hashes, result.found)
+        if not self.is_writable:  # the host tier is not for what cannot leave it
+            self.writer.unstage_all()
+        self.counters.stored_bytes += result.num_bytes
+        self.counters.num_stored_blocks += result.num_bytes // self._block_nbytes
+
+    def _get_ended(self, item: _Open, result: MoveResult) -> None:
+        self._report(self._reads, result)
+        fetch, move = item.fetch, item.move
+        for position, block_hash in enumerate(move.hashes):
+            if result.found[position]:
+                self._host.commit(move.slots[position], block_hash, uses=2, position=position)
+                self.writer.believe(block_hash, self._clock.now())
+            else:
+                self._host.cancel(move.slots[position])
+                self.writer.believe(block_hash, None)
+        num_blocks = sum(result.found)
+        self.counters.num_fetched_blocks += num_blocks
+        self.counters.fetched_bytes += result.num_bytes
+        if fetch is None:
+            self.num_preloaded += num_blocks
+            return
+        fetch.num_open -= 1
+        fetch.num_bytes += result.num_bytes
+        fetch.num_blocks += num_blocks
+        fetch.elapsed_s = max(fetch.elapsed_s, result.elapsed_s)
+        if not fetch.num_open:
+            self._times.observe_transfer(fetch.num_bytes, fetch.elapsed_s)
+
+    def _find_ended(self, item: _Open, result: MoveResult, cost: StepCost | None) -> None:
+        self._report(self._reads, result)
+        prompt = item.prompt
+        if prompt is None:  # a probe
+            return
+        fetch = prompt.fetch
+        fetch.num_open -= 1
+        if result.error:
+            return
+        self._times.observe_latency(result.elapsed_s)
+        now_s = self._clock.now()
+        num_there = next(
+            (i for i, found in enumerate(result.found) if not found), len(result.found)
+        )
+        if not num_there or now_s >= fetch.until_s:
+            return
+        first = self._first_fetched(num_there, prompt.start, cost)
+        if first is None:
+            return
+        predicted_s = self._times.seconds((num_there - first) * self._block_nbytes)
+        fetch.start = prompt.start + first
+        fetch.until_s = self._clock.now() + self._bound(max(MIN_HOLD_S, PATIENCE * predicted_s))
+        fetch.end = fetch.start + self._get(prompt.hashes[first:num_there], fetch)
+
+    def _first_fetched(self, num_blocks: int, start: int, cost: StepCost | None) -> int | None:
+        if cost is None:
+            return 0
+        return first_fetched(
+            self._prefill_s(cost, num_blocks, start),
+            num_blocks=num_blocks,
+            step_blocks=self._step_blocks,
+            block_s=self._block_nbytes / self._times.bytes_per_s,
+            latency_s=self._times.latency_s,
+        )
+
+    def _prefill_s(self, cost: StepCost, num_blocks: int, start: int) -> list[float]:
+        size = self._block_size
+        return prefill_seconds(
+            cost,
+            num_blocks * size,
+            num_computed_tokens=start * size,
+            step_tokens=self._step_blocks * size,
+        )
+
+    def _bound(self, hold_s: float) -> float:
+        return min(hold_s, self._config.timeout_s)
+
+    def _report(self, breaker: CircuitBreaker, result: MoveResult) -> None:
+        if result.error:
+            breaker.failed()
+        else:
+            breaker.succeeded()

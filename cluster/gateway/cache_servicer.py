@@ -1,0 +1,237 @@
+"""The six methods of sluice.v1.Cache."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import grpc
+
+from cluster.errors import InvalidArgumentError, PermissionDeniedError, SluiceError
+from cluster.gateway.cache_intake import read_inspected, read_prefix
+from cluster.gateway.generation import GatewayParts
+from cluster.gateway.identity import Caller, caller_of
+from cluster.gateway.prefix_keeper import PrefixKeeper
+from cluster.gateway.prefix_record import PrefixRecord
+from cluster.gateway.servicer import remaining_of
+from cluster.gateway.status import ending
+from cluster.gateway.stored_blocks import Layout, Prompt, StoredBlocks
+from cluster.gateway.tiers import tiers_to_proto
+from cluster.kvstore.block_hash import router_key
+from cluster.rpc.sluice.v1 import cache_pb2
+
+_FLUSH_TIMEOUT_S = 5.0  # of one leader
+_STORED_TIMEOUT_S = 2.0  # for blocks that were computed to be in the store
+_STORED_POLL_S = 0.05
+_NO_STORE = "store.kv_url=off: no blocks are stored"
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CacheServicer:
+    """Serves clients; every method authenticates, and ends with an answer or a status.
+
+    Args:
+        parts: Of the gateway.
+        keeper: Computes prefixes and looks after them.
+        blocks: Of the store.
+    """
+
+    def __init__(self, parts: GatewayParts, keeper: PrefixKeeper, blocks: StoredBlocks) -> None:
+        self._parts = parts
+        self._keeper = keeper
+        self._blocks = blocks
+
+    async def RegisterPrefix(
+        self, request: cache_pb2.RegisterPrefixRequest, context: _Context
+    ) -> cache_pb2.RegisterPrefixResponse:
+        """Record a prefix, have it computed, and wait a moment for its blocks to be stored.
+
+        Where computing fails the call does, but the prefix stays registered: it is computed later,
+        and the same call may be made again.
+        """
+        async with self._ending(context):
+            caller = self._caller(context)
+            record = await self._parts.prefixes.put(await read_prefix(self._parts, request, caller))
+            await self._keeper.compute(record, caller.salt, remaining_of(context))
+            num_stored = await self._await_stored(Prompt(record.token_ids, caller.salt), context)
+        return cache_pb2.RegisterPrefixResponse(prefix=self._prefix(record, num_stored))
+
+    async def ListPrefixes(
+        self, request: cache_pb2.ListPrefixesRequest, context: _Context
+    ) -> cache_pb2.ListPrefixesResponse:
+        """Answer with the caller's prefixes; a store that does not answer has none of them."""
+        async with self._ending(context):
+            caller = self._caller(context)
+            response, is_up = cache_pb2.ListPrefixesResponse(), True
+            for record in self._parts.prefixes.of_tenant(caller.tenant):
+                num_stored = 0
+                if is_up:
+                    num_stored, reason = await self._count(Prompt(record.token_ids, caller.salt))
+                    is_up = not reason
+                response.prefixes.append(self._prefix(record, num_stored))
+        return response
+
+    async def RemovePrefix(
+        self, request: cache_pb2.RemovePrefixRequest, context: _Context
+    ) -> cache_pb2.RemovePrefixResponse:
+        """Forget a name, and pin its blocks no more."""
+        async with self._ending(context):
+            tenant = self._caller(context).tenant
+            await self._keeper.release(await self._parts.prefixes.remove(tenant, request.name))
+        return cache_pb2.RemovePrefixResponse()
+
+    async def CacheStats(
+        self, request: cache_pb2.CacheStatsRequest, context: _Context
+    ) -> cache_pb2.CacheStatsResponse:
+        """Answer with the store's books and each replica's tiers."""
+        async with self._ending(context):
+            self._admin(context)
+            response = cache_pb2.CacheStatsResponse(replicas=self._replica_caches())
+            if self._blocks.store is None:
+                response.store_error = _NO_STORE
+                return response
+            try:
+                stats = await self._blocks.store.stats()
+            except SluiceError as error:
+                response.store_error = str(error)
+                return response
+            response.store.used_bytes, response.store.max_bytes = stats.used_bytes, stats.max_bytes
+            response.store.num_blocks = stats.num_blocks
+            response.store.num_pinned_blocks = stats.num_pinned
+            response.store.num_evicted = stats.num_evicted
+        return response
+
+    async def FlushCache(
+        self, request: cache_pb2.FlushCacheRequest, context: _Context
+    ) -> cache_pb2.FlushCacheResponse:
+        """Empty what is asked for; registered prefixes are computed again soon."""
+        async with self._ending(context):
+            self._admin(context)
+            if not (request.replicas or request.store):
+                raise InvalidArgumentError(
+                    "nothing to flush: set replicas, store, or both", field="replicas"
+                )
+            if request.store and self._blocks.store is None:
+                raise InvalidArgumentError(f"{_NO_STORE}: flush replicas only", field="store")
+            response = cache_pb2.FlushCacheResponse()
+            if request.replicas:
+                await self._flush_replicas(response)
+            if request.store and self._blocks.store is not None:
+                response.num_store_blocks = await self._blocks.store.flush()
+            self._keeper.wake()
+        return response
+
+    async def InspectCache(
+        self, request: cache_pb2.InspectCacheRequest, context: _Context
+    ) -> cache_pb2.InspectCacheResponse:
+        """Answer with how much of a prompt is where, for the caller's tenant."""
+        async with self._ending(context):
+            caller = self._caller(context)
+            prompt = Prompt(await read_inspected(self._parts, request, caller), caller.salt)
+            num_stored, store_error = await self._count(prompt)
+            return cache_pb2.InspectCacheResponse(
+                num_tokens=len(prompt.token_ids),
+                num_blocks=self._num_blocks(prompt.token_ids),
+                num_stored_blocks=num_stored,
+                store_error=store_error,
+                replicas=self._cached_on(prompt),
+            )
+
+    async def _await_stored(self, prompt: Prompt, context: _Context) -> int:
+        """Return how many blocks are stored, as soon as all are, or after a moment."""
+        remaining_s = remaining_of(context)()
+        wait_s = (
+            _STORED_TIMEOUT_S if remaining_s is None else min(_STORED_TIMEOUT_S, remaining_s / 2)
+        )
+        give_up_s = time.monotonic() + wait_s
+        num_stored, reason = await self._count(prompt)
+        while not reason and num_stored < self._num_blocks(prompt.token_ids):
+            if self._blocks.store is None or time.monotonic() >= give_up_s:
+                break
+            await asyncio.sleep(_STORED_POLL_S)
+            num_stored, reason = await self._count(prompt)
+        return num_stored
+
+    async def _count(self, prompt: Prompt) -> tuple[int, str]:
+        """Return how many leading blocks are stored, and why the store could not be asked."""
+        if self._blocks.store is None:
+            return 0, _NO_STORE
+        try:
+            return await self._blocks.count(prompt), ""
+        except SluiceError as error:
+            return 0, str(error)
+
+    async def _flush_replicas(self, response: cache_pb2.FlushCacheResponse) -> None:
+        links = self._parts.fleet.links
+        results = await asyncio.gather(
+            *(link.flush_cache(_FLUSH_TIMEOUT_S) for link in links), return_exceptions=True
+        )
+        for link, result in zip(links, results, strict=True):
+            if isinstance(result, SluiceError):
+                response.failed_replica_ids.append(link.info.replica_id)
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                response.num_replica_blocks += result
+
+    def _replica_caches(self) -> list[cache_pb2.ReplicaCache]:
+        return [
+            cache_pb2.ReplicaCache(
+                replica_id=replica.info.replica_id,
+                num_blocks=replica.load.num_blocks,
+                num_free_blocks=replica.load.num_free_blocks,
+                num_prefix_query_tokens=replica.load.num_prefix_query_tokens,
+                num_prefix_hit_tokens=replica.load.num_prefix_hit_tokens,
+                tiers=tiers_to_proto(replica.load.cache),
+            )
+            for replica in self._parts.fleet.table.snapshots()
+        ]
+
+    def _cached_on(self, prompt: Prompt) -> list[cache_pb2.CachedOn]:
+        keys: dict[Layout, list[int]] = {}
+        found = []
+        for replica in self._parts.fleet.table.snapshots():
+            layout = Layout.of(replica.info)
+            if layout not in keys:
+                hashes = layout.hashes(prompt.token_ids, prompt.salt)
+                keys[layout] = [router_key(block_hash) for block_hash in hashes]
+            replica_id = replica.info.replica_id
+            num_blocks = self._parts.fleet.index.longest_prefix(replica_id, keys[layout])
+            found.append(cache_pb2.CachedOn(replica_id=replica_id, num_blocks=num_blocks))
+        return found
+
+    def _prefix(self, record: PrefixRecord, num_stored_blocks: int) -> cache_pb2.Prefix:
+        return cache_pb2.Prefix(
+            name=record.name,
+            model=record.model,
+            num_tokens=len(record.token_ids),
+            num_blocks=self._num_blocks(record.token_ids),
+            num_stored_blocks=num_stored_blocks,
+            registered_at_s=record.registered_at_s,
+        )
+
+    def _num_blocks(self, token_ids: tuple[int, ...]) -> int:
+        return len(token_ids) // self._parts.config.cache.block_size
+
+    def _caller(self, context: _Context) -> Caller:
+        return caller_of(self._parts.authenticator, context)
+
+    def _admin(self, context: _Context) -> None:
+        """Raise unless the caller may see and touch what belongs to others.
+
+        Raises:
+            PermissionDeniedError: It may not.
+        """
+        caller = self._caller(context)
+        if not caller.is_admin:
+            raise PermissionDeniedError(
+                f"tenant {caller.tenant!r} is no administrator: ask one, or have `admin: true` set "
+                "in the tenants file"
+            )
+
+    def _ending(self, context: _Context) -> AbstractAsyncContextManager[None]:
+        count = self._parts.metrics.requests
+        return ending(context, "-", lambda code: count.labels(code).inc())
