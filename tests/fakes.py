@@ -92,6 +92,7 @@ class FakeExecutor:
         self.token_s = 0.0  # what a step says that a token took; 0 is not measured
         self.submit_fails = False
         self.collect_fails = False
+        self.while_computing: Callable[[], None] = lambda: None  # called by every step
         self.is_shut_down = False
         self.host: dict[int, Content] = {}  # what the slots of the host tier hold
         self._cache: dict[tuple[int, int], _Slot] = {}
@@ -114,6 +115,7 @@ class FakeExecutor:
         if self.collect_fails:
             raise UnavailableError("worker 0 died")
         plan, result = self._in_flight.popleft()
+        self.while_computing()
         for step in plan.sequences:
             if step.sample is not None:
                 self._tokens[step.seq_id].append(result.tokens[step.seq_id].token_id)
@@ -243,8 +245,8 @@ class FakeMover:
             self._clock.advance(timeout_s if self.is_silent else min(timeout_s, self.move_s))
         results = []
         while self._due():
-            began_s, move = self._open.popleft()
-            results.append(self._end(move, self._clock.now() - began_s))
+            _, move = self._open.popleft()
+            results.append(self._end(move, self.move_s))  # not until somebody looks
         return results
 
     def shutdown(self) -> None:

@@ -29,6 +29,7 @@ from cluster.engine.sequence import ModelTraits, Sequence, SequenceState, check_
 from cluster.engine.step_time import StepTimeModel
 from cluster.engine.store_tier import StoreTier
 from cluster.engine.tiers import Tiers
+from cluster.engine.use_counter import UseCounter
 from cluster.errors import InvalidArgumentError, UnavailableError
 from cluster.step import BlockMoves, StepPlan, StepResult
 from cluster.types import (
@@ -42,6 +43,8 @@ from cluster.types import (
 
 MOVES_WAIT_S = 0.005
 """For blocks from the store, where there is nothing else to do."""
+
+MIN_USES_REMEMBERED = 2**16  # blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,8 @@ class Engine:
             block_size, max_model_len, vocab_size, eos_token_ids, fingerprint
         )
         events = BlockEvents()
-        self._host = HostTier(num_host_slots if prefix_caching else 0, events)
+        uses = UseCounter(max(MIN_USES_REMEMBERED, 4 * (executor.num_blocks + num_host_slots)))
+        self._host = HostTier(num_host_slots if prefix_caching else 0, events, uses)
         self._cache = PrefixCache(
             BlockPool(executor.num_blocks),
             is_enabled=prefix_caching,

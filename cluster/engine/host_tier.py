@@ -13,6 +13,7 @@ What is kept is also what waits to be written to the store, and where fetched bl
 from __future__ import annotations
 
 from cluster.engine.block_events import BlockEvents
+from cluster.engine.use_counter import UseCounter
 from cluster.kvstore.eviction import EvictionOrder
 
 
@@ -22,10 +23,12 @@ class HostTier:
     Args:
         num_slots: Of every worker; 0 keeps nothing.
         events: Hears of what comes and goes.
+        uses: Of blocks so far, in whatever tier they were; None counts anew.
     """
 
-    def __init__(self, num_slots: int, events: BlockEvents) -> None:
+    def __init__(self, num_slots: int, events: BlockEvents, uses: UseCounter | None = None) -> None:
         self.num_slots = num_slots
+        self.uses = uses or UseCounter(max(1, 4 * num_slots))
         self.num_evictions = 0
         self._events = events
         self._free = list(reversed(range(num_slots)))
@@ -93,21 +96,21 @@ class HostTier:
         self._num_reserved -= 1
         self._free.append(slot)
 
-    def commit(self, slot: int, block_hash: bytes, *, uses: int = 1, position: int = 0) -> bool:
+    def commit(self, slot: int, block_hash: bytes, *, position: int = 0) -> bool:
         """Keep what a reserved slot holds; return False, and give the slot back, if it is known.
 
         Args:
             slot: From `reserve`.
             block_hash: Of what is in it.
-            uses: So far.
-            position: In its chain.
+            position: In its chain: of equal ones the last goes first, which nobody could find
+                without the first.
         """
         if block_hash in self._slot_of:
             self.cancel(slot)
             return False
         self._num_reserved -= 1
         self._slot_of[block_hash] = slot
-        self._order.add(block_hash, uses, position)
+        self._order.add(block_hash, max(1, self.uses.uses(block_hash)), position)
         self._events.enter(block_hash)
         return True
 

@@ -8,7 +8,8 @@ With a host tier below, what is evicted is copied there first, and what is there
 
     cached ──evicted──► host tier ──fill──► cached     copied before the next step computes
 
-A step copies no more than `max_moves` says, so that those who decode beside it do not notice.
+A step copies no more than `max_offloads` and `max_restores` say, so that those who decode beside it
+do not notice.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ class PrefixCache:
         events: BlockEvents | None = None,
     ) -> None:
         self.is_enabled = is_enabled
-        self.max_moves = 0  # blocks that the next step may still copy
+        self.max_offloads = 0  # blocks that the next step may still copy to the host tier
+        self.max_restores = 0  # likewise from there
         self.num_evictions = 0
         self._pool = pool
         self._host = host
         self._events = events or BlockEvents()
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._position_of: dict[bytes, int] = {}  # of a cached block in its chain
         self._offloads: list[tuple[int, int]] = []  # of the next step: block, slot
         self._restores: list[tuple[int, int]] = []  # of the next step: slot, block
         self._held: list[bytes] = []  # in the host tier: what the next step copies
@@ -91,7 +94,7 @@ class PrefixCache:
             evicted = self._hash_of.get(block)
             if evicted is not None:
                 self.copy_to_host(evicted)
-                del self._hash_of[block], self._block_of[evicted]
+                del self._hash_of[block], self._block_of[evicted], self._position_of[evicted]
                 self._events.leave(evicted)
                 self.num_evictions += 1
             blocks.append(block)
@@ -102,7 +105,7 @@ class PrefixCache:
         for block in reversed(blocks):
             self._pool.release(block, keep=block in self._hash_of)
 
-    def register(self, block_hash: bytes, block: int) -> int:
+    def register(self, block_hash: bytes, block: int, position: int = 0) -> int:
         """Enter a block that is full and computed; return the block to use from now on.
 
         Two sequences may have computed the same block at once. Then the one that was entered first
@@ -111,6 +114,7 @@ class PrefixCache:
         Args:
             block_hash: Of the tokens up to the block's end.
             block: The caller holds its only reference.
+            position: Of the block in its chain.
         """
         if not self.is_enabled:
             return block
@@ -118,42 +122,42 @@ class PrefixCache:
         if known is None:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
+            self._position_of[block_hash] = position
             self._events.enter(block_hash)
             return block
         self._pool.acquire(known)
         self._pool.release(block, keep=False)
         return known
 
-    def fill(self, block_hash: bytes, block: int) -> int | None:
+    def fill(self, block_hash: bytes, block: int, position: int) -> int | None:
         """Enter a block whose content is in some tier; return the block to use from now on.
 
         Args:
             block_hash: Of the tokens up to the block's end.
             block: The caller holds its only reference; nothing is in it.
+            position: Of the block in its chain.
 
         Returns:
             As `register`; None where no tier has it, or the next step may copy no more: see `has`.
         """
         if block_hash in self._block_of:
-            return self.register(block_hash, block)
-        if self._host is None or block_hash not in self._host or self.max_moves <= 0:
+            return self.register(block_hash, block, position)
+        if self._host is None or block_hash not in self._host or self.max_restores <= 0:
             return None
-        self.max_moves -= 1
+        self.max_restores -= 1
         self._held.append(block_hash)
         self._restores.append((self._host.hold(block_hash), block))
-        self._host.use(block_hash)
-        return self.register(block_hash, block)
+        return self.register(block_hash, block, position)
 
     def has(self, block_hash: bytes) -> bool:
         """Return whether any tier of this replica has a block."""
         return block_hash in self._block_of or (self._host is not None and block_hash in self._host)
 
-    def copy_to_host(self, block_hash: bytes, uses: int = 1) -> bool:
+    def copy_to_host(self, block_hash: bytes) -> bool:
         """Let the next step copy a cached block to the host tier, if it may; return if it is there.
 
         Args:
             block_hash: Of a block that is cached here or there.
-            uses: Of the block so far.
         """
         host = self._host
         if host is None:
@@ -161,10 +165,10 @@ class PrefixCache:
         if block_hash in host:
             return True
         block = self._block_of.get(block_hash)
-        if block is None or self.max_moves <= 0 or (slot := host.reserve()) is None:
+        if block is None or self.max_offloads <= 0 or (slot := host.reserve()) is None:
             return False
-        self.max_moves -= 1
-        host.commit(slot, block_hash, uses=uses)
+        self.max_offloads -= 1
+        host.commit(slot, block_hash, position=self._position_of[block_hash])
         host.fill(block_hash)
         self._held.append(block_hash)
         self._offloads.append((block, slot))
@@ -173,7 +177,7 @@ class PrefixCache:
     def copy_oldest_to_host(self, num_blocks: int) -> None:
         """Copy what is evicted next and the host tier lacks, as far as the next step may."""
         for block in self._pool.oldest_kept(num_blocks):
-            if self.max_moves <= 0:
+            if self.max_offloads <= 0:
                 return
             self.copy_to_host(self._hash_of[block])
 
@@ -200,7 +204,7 @@ class PrefixCache:
         blocks = self._pool.free_kept()
         for block in blocks:
             block_hash = self._hash_of.pop(block)
-            del self._block_of[block_hash]
+            del self._block_of[block_hash], self._position_of[block_hash]
             self._events.leave(block_hash)
         return len(blocks)
 
@@ -230,6 +234,7 @@ class PrefixCache:
         for block, count in enumerate(counts):
             assert self._pool.ref_count(block) == count, f"{block=}: {count} tables hold it"
         assert {block: h for h, block in self._block_of.items()} == self._hash_of
+        assert self._position_of.keys() == self._block_of.keys()
         assert not self._offloads and not self._restores and not self._held, "moves are left over"
         self._events.check_invariants()
         if self._host is not None:

@@ -144,17 +144,20 @@ class Scheduler:
         prompts: list[Sequence] = []
         for sequence in self.running.values():
             (decoding if sequence.is_decoding else prompts).append(sequence)
-        if self.tiers is not None:
-            self.tiers.begin_step(decoding, self._step_time.cost)
         self._take_decodes(batch, decoding)
+        if self.tiers is not None:  # not before: who decodes may have to wait for blocks
+            decodes = (chunk.sequence for chunk in batch.chunks)
+            self.tiers.begin_step(decodes, self._step_time.cost)
         if prompts:  # one of them may have been preempted for a decode
             prompts = [p for p in prompts if p.state is SequenceState.RUNNING and not p.in_flight]
         if prompts or self.waiting:
             self._limit_prompts(batch, decoding, prompts, now_s)
+            if self.tiers is not None:
+                self.tiers.limit_restores(self._slack_s(batch))
             self._take_begun_prompts(batch, prompts, now_s)
             self._take_waiting(batch, now_s)
         if self.tiers is not None:
-            self.tiers.plan_copies(computes=bool(batch.chunks))
+            self.tiers.plan_copies(has_prompts=batch.num_prompt_tokens > 0)
         return batch
 
     def waits_until_s(self) -> float:
@@ -250,6 +253,13 @@ class Scheduler:
         least = max(0, self._config.min_prefill_tokens - batch.num_prompt_tokens)
         batch.budget_tokens = max(min(least, batch.budget_tokens), num_tokens)
 
+    def _slack_s(self, batch: Batch) -> float:
+        """Return what the step's objective leaves beside the decodes that are in it."""
+        cost = self._step_time.cost
+        if cost is None or batch.limit_s == math.inf:
+            return math.inf
+        return batch.limit_s - cost.seconds(batch.shape)
+
     def _take_begun_prompts(self, batch: Batch, prompts: list[Sequence], now_s: float) -> None:
         for sequence in prompts:
             if batch.is_full:
@@ -272,6 +282,8 @@ class Scheduler:
         if sequence.catches_up:
             num_computed_tokens = sequence.num_computed_tokens
             if not self._catch_up(sequence, now_s):
+                if sequence.held_since_s is None:
+                    sequence.held_since_s = now_s
                 return
             most = sequence.num_remaining_tokens
             if sequence.num_computed_tokens > num_computed_tokens:
@@ -291,25 +303,27 @@ class Scheduler:
         table = list(sequence.block_table)
         first = index
         while index < sequence.num_matchable_blocks:
-            block = self._cache.fill(sequence.block_hash(index), table[index])
+            block = self._cache.fill(sequence.block_hash(index), table[index], index)
             if block is None:
                 break
             table[index] = block
             index += 1
         if index > first:
             if sequence.is_first_run:
-                self._note_hits(sequence, first, index)
+                self._note_hits(sequence, first, index, now_s)
             sequence.block_table = tuple(table)
             sequence.num_registered_blocks = index
             sequence.num_computed_tokens = index * self._block_size
         return self._goes_on(sequence, index, now_s)
 
-    def _note_hits(self, sequence: Sequence, first: int, end: int) -> None:
+    def _note_hits(self, sequence: Sequence, first: int, end: int, now_s: float) -> None:
         num_tokens = (end - first) * self._block_size
         sequence.num_cached_tokens += num_tokens
         self.num_prefix_hit_tokens += num_tokens
         assert self.tiers is not None, "only tiers let a sequence catch up"
-        self.tiers.note_hits(sequence, first, end, self._step_time.cost)
+        waited_s = 0.0 if sequence.held_since_s is None else now_s - sequence.held_since_s
+        sequence.held_since_s = None
+        self.tiers.note_hits(sequence, first, end, waited_s=waited_s, cost=self._step_time.cost)
 
     def _goes_on(self, sequence: Sequence, index: int, now_s: float) -> bool:
         """Return whether a sequence computes block `index`, which it could not fill."""
@@ -398,7 +412,7 @@ class Scheduler:
             return
         table = list(sequence.block_table)
         for index in range(sequence.num_registered_blocks, num_full):
-            table[index] = self._cache.register(sequence.block_hash(index), table[index])
+            table[index] = self._cache.register(sequence.block_hash(index), table[index], index)
             if self.tiers is not None:
                 self.tiers.note_block(sequence, index)
         sequence.block_table = tuple(table)

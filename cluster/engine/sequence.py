@@ -70,6 +70,7 @@ class Sequence:
         "expires_s",
         "fetch",
         "first_token_s",
+        "held_since_s",
         "in_flight",
         "is_first_run",
         "max_num_tokens",
@@ -103,6 +104,7 @@ class Sequence:
         self.num_registered_blocks = 0  # the first ones of the table are in the prefix cache
         self.catches_up = False  # blocks of its prompt may come from tiers below the KV cache
         self.fetch: Fetch | None = None  # what was asked of the store for it
+        self.held_since_s: float | None = None  # it computes nothing because blocks are to come
 
         self.arrived_s = arrived_s  # seconds by the engine's clock, like the next three
         self.admitted_s: float | None = None  # first time

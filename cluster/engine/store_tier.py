@@ -20,12 +20,13 @@ from cluster.config import StoreConfig
 from cluster.engine.fetch_plan import TransferTime, first_fetched, prefill_seconds
 from cluster.engine.host_tier import HostTier
 from cluster.engine.mover import BlockMover, Move, MoveKind, MoveResult
-from cluster.engine.store_writer import StoreWriter
+from cluster.engine.store_writer import REFRESH_S, StoreWriter
 from cluster.kvstore.breaker import BreakerState, CircuitBreaker
 from cluster.types import StepCost, StoreState
 
 MAX_FIND_BLOCKS = 4096
-MAX_OPEN_MOVES = 64
+MAX_OPEN = {MoveKind.FIND: 32, MoveKind.GET: 32, MoveKind.PUT: 16}
+"""Moves at once, of each kind: those that write leave those that read their places."""
 
 MIN_HOLD_S = 0.02
 PATIENCE = 4.0  # a fetch may take so many times what was predicted
@@ -39,10 +40,11 @@ class Fetch:
     end: int
     until_s: float  # then the sequence goes on without
     num_open: int = 0  # moves whose results have not come
-    num_bytes: int = 0  # that came
-    num_blocks: int = 0  # likewise
+    came: set[bytes] = field(default_factory=set)  # the blocks that came
+    num_own: int = 0  # calls that were made for it and have not ended
+    num_bytes: int = 0  # that these brought
+    elapsed_s: float = 0.0  # of the slowest of these
     is_given_up: bool = False  # its sequence has ended, or went on without it
-    elapsed_s: float = 0.0  # of the slowest piece: steps that went on meanwhile do not count
 
 
 @dataclass(slots=True)
@@ -63,8 +65,10 @@ class _Open:
     """A move whose result has not come."""
 
     move: Move
-    fetch: Fetch | None = None  # that it is part of
+    fetches: list[Fetch] = field(default_factory=list)  # that wait for it
     prompt: Prompt | None = None  # of a FIND
+    position: int = 0  # of a GET's first block in its chain, about
+    is_preload: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +119,14 @@ class StoreTier:
             clock,
             max_put_blocks=max(1, config.kv_inflight_bytes // block_nbytes),
             piece_blocks=self._piece_blocks,
+            refresh_s=min(REFRESH_S, config.kv_ttl_s / 2),
         )
         self._reads = CircuitBreaker(clock)
         self._writes = CircuitBreaker(clock)
         self._times = TransferTime(clock)
         self._open: dict[int, _Open] = {}
+        self._num_open = dict.fromkeys(MoveKind, 0)
+        self._arriving: dict[bytes, _Open] = {}  # by each block that is fetched
         self._move_ids = count()
 
     @property
@@ -142,7 +149,7 @@ class StoreTier:
         return sum(
             len(item.move.hashes)
             for item in self._open.values()
-            if item.move.kind is MoveKind.GET and item.fetch is None
+            if item.move.kind is MoveKind.GET and item.is_preload
         )
 
     def find(self, hashes: Ordered[bytes], start: int, cost: StepCost | None) -> Fetch | None:
@@ -157,7 +164,7 @@ class StoreTier:
             None where asking would not pay, or the store is not asked at present.
         """
         hashes = tuple(hashes[:MAX_FIND_BLOCKS])
-        if not hashes or len(self._open) >= MAX_OPEN_MOVES or not self._host.num_available:
+        if not hashes or not self._room(MoveKind.FIND) or not self._host.num_available:
             return None
         hold_s = max(MIN_HOLD_S, PATIENCE * self._times.latency_s)
         if cost is not None:
@@ -168,18 +175,18 @@ class StoreTier:
             return None
         fetch = Fetch(start, start + len(hashes), self._clock.now() + self._bound(hold_s))
         move = Move(next(self._move_ids), MoveKind.FIND, hashes)
-        self._begin(_Open(move, fetch, Prompt(hashes, start, fetch)))
+        self._begin(_Open(move, [fetch], Prompt(hashes, start, fetch)))
         return fetch
 
     def preload(self, hashes: Ordered[bytes]) -> None:
         """Fetch blocks into slots that are free, for whoever comes."""
         if self._reads.allow():
-            self._get([h for h in hashes if h not in self._host], None)
+            self._get(hashes, 0, None)
 
     def write(self) -> None:
         """Begin to write what is staged, as much as may be under way."""
         if self.is_writable:
-            for hashes, is_pinned in self.writer.take_pieces(MAX_OPEN_MOVES - len(self._open)):
+            for hashes, is_pinned in self.writer.take_pieces(self._room(MoveKind.PUT)):
                 self._put(hashes, is_pinned=is_pinned)
 
     def probe(self) -> None:
@@ -200,6 +207,7 @@ class StoreTier:
         results = self._mover.collect(timeout_s) if self._open else []
         for result in results:
             item = self._open.pop(result.move_id)
+            self._num_open[item.move.kind] -= 1
             self.counters.num_corrupt += result.num_corrupt
             if result.error:
                 self.counters.num_failed += 1
@@ -219,29 +227,59 @@ class StoreTier:
         """Assert that the books agree with the moves under way."""
         puts = [i.move for i in self._open.values() if i.move.kind is MoveKind.PUT]
         self.writer.check_invariants([h for move in puts for h in move.hashes])
-        assert len(self._open) <= MAX_OPEN_MOVES + 2, "more than probes beyond the limit"
+        gets = [i.move for i in self._open.values() if i.move.kind is MoveKind.GET]
+        assert sorted(self._arriving) == sorted(h for move in gets for h in move.hashes)
+        for kind, limit in MAX_OPEN.items():
+            num_open = sum(item.move.kind is kind for item in self._open.values())
+            assert num_open == self._num_open[kind] <= limit + 1, "more than a probe beyond it"
+
+    def _room(self, kind: MoveKind) -> int:
+        return max(0, MAX_OPEN[kind] - self._num_open[kind])
 
     def _begin(self, item: _Open) -> None:
         self._open[item.move.move_id] = item
-        if item.fetch is not None:
-            item.fetch.num_open += 1
+        self._num_open[item.move.kind] += 1
+        for fetch in item.fetches:
+            fetch.num_open += 1
         self._mover.submit(item.move)
 
-    def _get(self, hashes: Ordered[bytes], fetch: Fetch | None) -> int:
-        """Begin to fetch blocks, in pieces; return how many found a slot."""
-        slots: list[int] = []
-        num_most = (MAX_OPEN_MOVES - len(self._open)) * self._piece_blocks
-        for _ in hashes[:num_most]:
-            slot = self._host.reserve()
-            if slot is None:
-                break
-            slots.append(slot)
-        for start in range(0, len(slots), self._piece_blocks):
-            end = start + self._piece_blocks
-            piece = tuple(hashes[: len(slots)][start:end])
-            move = Move(next(self._move_ids), MoveKind.GET, piece, tuple(slots[start:end]))
-            self._begin(_Open(move, fetch))
-        return len(slots)
+    def _get(self, hashes: Ordered[bytes], position: int, fetch: Fetch | None) -> int:
+        """Begin to fetch a chain's blocks, in pieces; return how many are here or will come.
+
+        What is here already is not fetched, what is on its way is waited for.
+
+        Args:
+            hashes: In order.
+            position: Of the first of them in its chain.
+            fetch: Waits for them; None is a preload.
+        """
+        new: list[tuple[bytes, int]] = []
+        num_most = self._room(MoveKind.GET) * self._piece_blocks
+        num_coming = 0
+        for block_hash in hashes:
+            if (item := self._arriving.get(block_hash)) is not None:
+                self._join(item, fetch)
+            elif block_hash not in self._host:
+                slot = self._host.reserve() if len(new) < num_most else None
+                if slot is None:
+                    break
+                new.append((block_hash, slot))
+            num_coming += 1
+        for start in range(0, len(new), self._piece_blocks):
+            names, slots = zip(*new[start : start + self._piece_blocks], strict=True)
+            move = Move(next(self._move_ids), MoveKind.GET, names, slots)
+            fetches = [] if fetch is None else [fetch]
+            for other in fetches:
+                other.num_own += 1
+            item = _Open(move, fetches, position=position, is_preload=fetch is None)
+            self._arriving |= dict.fromkeys(names, item)
+            self._begin(item)
+        return num_coming
+
+    def _join(self, item: _Open, fetch: Fetch | None) -> None:
+        if fetch is not None and all(other is not fetch for other in item.fetches):
+            item.fetches.append(fetch)
+            fetch.num_open += 1
 
     def _put(self, hashes: tuple[bytes, ...], *, is_pinned: bool) -> None:
         slots = tuple(map(self._host.slot_of, hashes))
@@ -257,25 +295,31 @@ class StoreTier:
 
     def _get_ended(self, item: _Open, result: MoveResult) -> None:
         self._report(self._reads, result)
-        fetch, move = item.fetch, item.move
-        for position, block_hash in enumerate(move.hashes):
-            if result.found[position]:
-                self._host.commit(move.slots[position], block_hash, uses=2, position=position)
-                self.writer.believe(block_hash, self._clock.now())
+        move, came, now_s = item.move, set(), self._clock.now()
+        for index, block_hash in enumerate(move.hashes):
+            del self._arriving[block_hash]
+            if result.found[index]:
+                self._host.commit(move.slots[index], block_hash, position=item.position + index)
+                came.add(block_hash)
             else:
-                self._host.cancel(move.slots[position])
-                self.writer.believe(block_hash, None)
-        num_blocks = sum(result.found)
-        self.counters.num_fetched_blocks += num_blocks
+                self._host.cancel(move.slots[index])
+            self.writer.believe(block_hash, now_s if result.found[index] else None)
+        self.counters.num_fetched_blocks += len(came)
         self.counters.fetched_bytes += result.num_bytes
-        if fetch is None:
-            self.num_preloaded += num_blocks
-            return
-        fetch.num_open -= 1
+        if item.is_preload:
+            self.num_preloaded += len(came)
+        for fetch in item.fetches:
+            fetch.num_open -= 1
+            fetch.came |= came
+        if not item.is_preload:
+            self._observe(item.fetches[0], result)
+
+    def _observe(self, fetch: Fetch, result: MoveResult) -> None:
+        """Learn how long a fetch takes: all of its calls together, for they run side by side."""
+        fetch.num_own -= 1
         fetch.num_bytes += result.num_bytes
-        fetch.num_blocks += num_blocks
         fetch.elapsed_s = max(fetch.elapsed_s, result.elapsed_s)
-        if not fetch.num_open:
+        if not fetch.num_own:
             self._times.observe_transfer(fetch.num_bytes, fetch.elapsed_s)
 
     def _find_ended(self, item: _Open, result: MoveResult, cost: StepCost | None) -> None:
@@ -288,11 +332,11 @@ class StoreTier:
         if result.error:
             return
         self._times.observe_latency(result.elapsed_s)
-        now_s = self._clock.now()
-        num_there = next(
-            (i for i, found in enumerate(result.found) if not found), len(result.found)
-        )
-        if not num_there or now_s >= fetch.until_s:
+        num_there = (*result.found, False).index(False)
+        for block_hash in prompt.hashes[num_there:]:
+            self.writer.believe(block_hash, None)
+        # However late the answer is seen: who still waits has lost nothing by it.
+        if not num_there or fetch.is_given_up:
             return
         first = self._first_fetched(num_there, prompt.start, cost)
         if first is None:
@@ -300,7 +344,8 @@ class StoreTier:
         predicted_s = self._times.seconds((num_there - first) * self._block_nbytes)
         fetch.start = prompt.start + first
         fetch.until_s = self._clock.now() + self._bound(max(MIN_HOLD_S, PATIENCE * predicted_s))
-        fetch.end = fetch.start + self._get(prompt.hashes[first:num_there], fetch)
+        num_coming = self._get(prompt.hashes[first:num_there], fetch.start, fetch)
+        fetch.end = fetch.start + num_coming
 
     def _first_fetched(self, num_blocks: int, start: int, cost: StepCost | None) -> int | None:
         if cost is None:
@@ -328,5 +373,7 @@ class StoreTier:
     def _report(self, breaker: CircuitBreaker, result: MoveResult) -> None:
         if result.error:
             breaker.failed()
-        else:
-            breaker.succeeded()
+            return
+        if breaker.state is not BreakerState.CLOSED:
+            self.writer.doubt()
+        breaker.succeeded()

@@ -21,8 +21,6 @@ MAX_LOOK = 256
 """Wanted blocks that one step looks at."""
 
 REFRESH_S = 60.0
-"""A block that is used locally is touched in the store this often: there it stays valuable, and
-where it was lost it is written again."""
 
 
 class StoreWriter:
@@ -33,12 +31,21 @@ class StoreWriter:
         clock: Of the engine.
         max_put_blocks: On their way at once.
         piece_blocks: In one call.
+        refresh_s: A block that is used locally is touched in the store this often: there it stays
+            valuable, and where it was lost it is written again.
     """
 
     def __init__(
-        self, host: HostTier, clock: Clock, *, max_put_blocks: int, piece_blocks: int
+        self,
+        host: HostTier,
+        clock: Clock,
+        *,
+        max_put_blocks: int,
+        piece_blocks: int,
+        refresh_s: float = REFRESH_S,
     ) -> None:
         self.num_rejected = 0
+        self._refresh_s = refresh_s
         self._host = host
         self._clock = clock
         self._max_put_blocks = max_put_blocks
@@ -56,12 +63,13 @@ class StoreWriter:
     def want(self, block_hash: bytes, *, is_pinned: bool) -> None:
         """Let a block be written, unless it was seen in the store lately."""
         seen_s = self._believed.get(block_hash)
-        if seen_s is not None and self._clock.now() - seen_s < REFRESH_S and not is_pinned:
+        if seen_s is not None and self._clock.now() - seen_s < self._refresh_s and not is_pinned:
+            return
+        if block_hash not in self._wanted and len(self._wanted) >= MAX_WANTED_BLOCKS:
+            # Not an older one: that would be the head of a chain, without which the rest is lost.
+            self.num_rejected += 1
             return
         self._wanted[block_hash] = is_pinned or self._wanted.get(block_hash, False)
-        if len(self._wanted) > MAX_WANTED_BLOCKS:
-            self.forget(next(iter(self._wanted)))
-            self.num_rejected += 1
 
     def unstaged(self) -> list[bytes]:
         """Return the next blocks to stage, in the order in which they were wanted."""
@@ -72,6 +80,11 @@ class StoreWriter:
         """Hold a wanted block, which the host tier has or is about to, until it is written."""
         self._host.hold(block_hash)
         self._staged[block_hash] = None
+
+    def drop(self, block_hash: bytes) -> None:
+        """Give up a wanted block that is in no tier any more, and count it."""
+        self.num_rejected += 1
+        self.forget(block_hash)
 
     def forget(self, block_hash: bytes) -> None:
         """Want a block no more."""
@@ -133,6 +146,10 @@ class StoreWriter:
             self._believed[block_hash] = seen_s
             if len(self._believed) > MAX_BELIEVED_BLOCKS:
                 self._believed.popitem(last=False)
+
+    def doubt(self) -> None:
+        """Believe nothing of the store any more: it was out of reach, and may have been emptied."""
+        self._believed.clear()
 
     def clear(self) -> None:
         """Forget what is wanted and what is believed to be in the store."""

@@ -11,6 +11,7 @@ it is evicted, so that other replicas find it while this one still uses it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
 
@@ -21,7 +22,6 @@ from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.sequence import Sequence
 from cluster.engine.store_tier import StoreTier
 from cluster.engine.store_writer import StoreWriter
-from cluster.engine.use_counter import UseCounter
 from cluster.types import CacheLoad, StepCost, StepShape, StoreState
 
 COPY_BYTES_PER_S = 4e9
@@ -30,7 +30,6 @@ COPY_BYTES_PER_S = 4e9
 MAX_COPY_SHARE = 0.03  # of a step in which somebody decodes
 MAX_COPY_BYTES = 64 * 2**20  # of another step
 ASSUMED_STEP_S = 0.005  # before one was measured
-MIN_USES_REMEMBERED = 2**16  # blocks
 
 
 class Tiers:
@@ -69,37 +68,50 @@ class Tiers:
         self._step_tokens = step_tokens
         # No more than stays in the host tier, or they would chase each other out of it.
         self._num_ahead = min(4 * max(1, step_tokens // block_size), host.num_slots // 4)
-        self._uses = UseCounter(max(MIN_USES_REMEMBERED, 4 * cache.num_blocks))
         self._credit_bytes = 0.0
         self._may_copy = False
 
     @property
     def has_copies(self) -> bool:
         """Whether a step could copy blocks that are to be stored."""
-        return self._may_copy and self.store is not None and self.store.is_writable
+        if self.store is None or not self._may_copy:
+            return False
+        # Where writes fail, one block is brought here, so that there is one to try with.
+        return self.store.is_writable or not self._host.num_blocks
 
     def copy_seconds(self, num_blocks: int) -> float:
         """Return how long copies take, at the most, as a part of their step."""
         return num_blocks * self._block_nbytes / COPY_BYTES_PER_S
 
-    def begin_step(self, decoding: Iterable[Sequence], cost: StepCost | None) -> None:
-        """Say how many blocks the next step may copy: few where somebody decodes.
+    def begin_step(self, decodes: Iterable[Sequence], cost: StepCost | None) -> None:
+        """Say how many blocks the next step may copy to the host tier: few where somebody decodes.
 
         Args:
-            decoding: Those that do.
+            decodes: Those who take part in the step so far.
             cost: Of a step; None is not known.
         """
-        contexts = [sequence.num_computed_tokens for sequence in decoding]
+        most = max(1, MAX_COPY_BYTES // self._block_nbytes)
+        self._cache.max_offloads = self._cache.max_restores = most
+        contexts = [sequence.num_computed_tokens for sequence in decodes]
         if not contexts:
-            self._cache.max_moves = max(1, MAX_COPY_BYTES // self._block_nbytes)
             return
         shape = StepShape(len(contexts), len(contexts), sum(contexts))
         step_s = cost.seconds(shape) if cost is not None else ASSUMED_STEP_S
         # What one block is too much for is saved up, so that large blocks move too.
         self._credit_bytes = min(self._credit_bytes, float(self._block_nbytes))
         self._credit_bytes += MAX_COPY_SHARE * step_s * COPY_BYTES_PER_S
-        self._cache.max_moves = int(self._credit_bytes // self._block_nbytes)
-        self._credit_bytes -= self._cache.max_moves * self._block_nbytes
+        self._cache.max_offloads = int(self._credit_bytes // self._block_nbytes)
+        self._credit_bytes -= self._cache.max_offloads * self._block_nbytes
+
+    def limit_restores(self, slack_s: float) -> None:
+        """Say how many blocks may come back: a prompt's work, which its step's objective bounds.
+
+        Args:
+            slack_s: What is left of the step's time, seconds; inf is no bound.
+        """
+        if slack_s < math.inf:
+            num_blocks = int(max(0.0, slack_s) * COPY_BYTES_PER_S / self._block_nbytes)
+            self._cache.max_restores = min(self._cache.max_restores, max(1, num_blocks))
 
     def begin(self, sequence: Sequence, cost: StepCost | None) -> None:
         """Ask the store for what a new prompt misses here."""
@@ -116,7 +128,7 @@ class Tiers:
         """Count a use of a prompt's blocks, when it is admitted for the first time."""
         for index in range(sequence.num_prompt_tokens // self._block_size):
             block_hash = sequence.block_hash(index)
-            self._uses.add(block_hash)
+            self._host.uses.add(block_hash)
             self._host.use(block_hash)
             if self._cache.has(block_hash):
                 self.note_block(sequence, index)
@@ -126,54 +138,65 @@ class Tiers:
         if self.store is None or (index + 1) * self._block_size > sequence.num_prompt_tokens:
             return
         block_hash, is_pinned = sequence.block_hash(index), sequence.request.pins_prefix
-        if is_pinned or self._uses.uses(block_hash) >= self._config.kv_write_after_uses:
+        if is_pinned or self._host.uses.uses(block_hash) >= self._config.kv_write_after_uses:
             self.store.writer.want(block_hash, is_pinned=is_pinned)
             self._may_copy = True
 
-    def note_hits(self, sequence: Sequence, first: int, end: int, cost: StepCost | None) -> None:
-        """Count blocks `first` ... `end` - 1 of a sequence that came from below the KV cache."""
-        fetch, num_fetched = sequence.fetch, 0
-        if fetch is not None and fetch.num_blocks:
-            num_fetched = max(0, min(end, fetch.end) - max(first, fetch.start))
+    def note_hits(
+        self, sequence: Sequence, first: int, end: int, *, waited_s: float, cost: StepCost | None
+    ) -> None:
+        """Count blocks `first` ... `end` - 1 of a sequence that came from below the KV cache.
+
+        Args:
+            sequence: Whose.
+            first: Index in its chain.
+            end: Likewise, exclusive.
+            waited_s: For how long it computed nothing because of them.
+            cost: Of a step; None is not known.
+        """
+        came = sequence.fetch.came if sequence.fetch is not None else ()
+        num_fetched = sum(sequence.block_hash(index) in came for index in range(first, end))
         self.num_store_hit_tokens += num_fetched * self._block_size
         self.num_host_hit_tokens += (end - first - num_fetched) * self._block_size
         if cost is not None:
-            self.saved_s += prefill_seconds(
+            computed_s = prefill_seconds(
                 cost,
                 (end - first) * self._block_size,
                 num_computed_tokens=first * self._block_size,
                 step_tokens=self._step_tokens,
             )[-1]
+            self.saved_s += max(0.0, computed_s - waited_s)
 
     def note_late(self) -> None:
         """Count a sequence that goes on without what it has waited for."""
         if self.store is not None:
             self.store.counters.num_late += 1
 
-    def plan_copies(self, *, computes: bool) -> None:
+    def plan_copies(self, *, has_prompts: bool) -> None:
         """Use what the next step may still copy: for the store, then for coming evictions.
 
         Args:
-            computes: Whether there is such a step without copies.
+            has_prompts: Whether it computes prompts: these are what evicts many blocks at once.
         """
-        if self.store is not None and self._may_copy and self.store.is_writable:
+        if self.store is not None and self.has_copies:
             self._may_copy = self._copy_wanted(self.store.writer)
-        if computes:
+        if has_prompts:
             self._cache.copy_oldest_to_host(self._num_ahead)
 
     def _copy_wanted(self, writer: StoreWriter) -> bool:
         """Bring blocks that are to be stored to the host tier; return whether more may follow."""
-        num_left = num_stageable = writer.num_stageable
+        assert self.store is not None
+        num_left = num_most = writer.num_stageable if self.store.is_writable else 1
         for block_hash in writer.unstaged():
             if not self._cache.has(block_hash):
-                writer.forget(block_hash)
+                writer.drop(block_hash)
                 continue
-            uses = self._uses.uses(block_hash)
-            if num_left <= 0 or not self._cache.copy_to_host(block_hash, uses):
+            if num_left <= 0 or not self._cache.copy_to_host(block_hash):
                 break
-            writer.stage(block_hash)
+            if self.store.is_writable:
+                writer.stage(block_hash)
             num_left -= 1
-        return num_left < num_stageable or self._cache.max_moves <= 0
+        return num_left < num_most or self._cache.max_offloads <= 0
 
     def work(self, timeout_s: float, cost: StepCost | None) -> None:
         """Take results of moves, waiting `timeout_s` for the first, and begin new ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # a leader of worker processes needs no torch
     from torch import Tensor
 
     from cluster.model.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,14 @@ def num_slots_of(config: ClusterConfig, model: ModelInfo) -> int:
     """Return the slots of every worker's host tier; without a prefix cache there are none."""
     if not config.cache.prefix_caching:
         return 0
-    parallel = config.parallel
-    return num_host_slots_for(model, config.cache, config.model.dtype, parallel.tp, parallel.pp)
+    parallel, cache = config.parallel, config.cache
+    num_slots = num_host_slots_for(model, cache, config.model.dtype, parallel.tp, parallel.pp)
+    if cache.host_memory_bytes and not num_slots:
+        logger.warning(
+            "cache.host_memory_bytes=%d is less than one block: no host tier, no blocks are stored",
+            cache.host_memory_bytes,
+        )
+    return num_slots
 
 
 def part_nbytes(config: ClusterConfig, model: ModelInfo, pp_rank: int) -> int:

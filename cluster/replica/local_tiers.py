@@ -8,6 +8,7 @@ from cluster.clock import WallClock
 from cluster.config import ClusterConfig
 from cluster.model.model_info import ModelInfo
 from cluster.replica.build import Tiers, fingerprint_of, mover_spec, num_slots_of
+from cluster.replica.channel import Channel
 from cluster.replica.host_memory import HostMemory
 from cluster.replica.mover_link import MoverLink
 from cluster.replica.mover_start import MoverHandle, OpenStore, start_mover
@@ -39,9 +40,13 @@ class LocalTiers:
                 num_slots, spec.block_nbytes, page_locked=config.model.device == "cuda"
             )
             self._mover = start_mover(spec, self._memory, open_store)
+        self._spec, self._open_store = spec, open_store
         if self._mover is not None:
             self._link = MoverLink(
-                [self._mover.channel], timeout_s=config.store.timeout_s, clock=WallClock()
+                [self._mover.channel],
+                timeout_s=config.store.timeout_s,
+                clock=WallClock(),
+                restart=self._restart,
             )
         self.tiers = Tiers(num_slots, spec.block_nbytes, self._link)
 
@@ -54,6 +59,14 @@ class LocalTiers:
     def mover_pid(self) -> int | None:
         """Of the mover's process; None where it is a thread, or there is none."""
         return self._mover.pid if self._mover else None
+
+    def _restart(self) -> Channel | None:
+        if self._mover is None or self._memory is None:
+            return None
+        self._mover.close()  # one that is stopped might wake up and write to slots of others
+        mover = start_mover(self._spec, self._memory, self._open_store)
+        self._mover = mover or self._mover
+        return mover.channel if mover is not None else None
 
     def close(self) -> None:
         """End the mover and let go of the memory; neither engine nor runner may be used again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.clock import Clock
@@ -21,6 +21,9 @@ a socket (about 200 KB) whole, so that neither side ever waits for the other to 
 
 MAX_MOVES = 1024
 """Sent and waiting; more fail at once."""
+
+MIN_RESTART_S, MAX_RESTART_S = 1.0, 60.0
+"""Between two starts of a mover that ends again and again."""
 
 SILENCE_S = 30.0
 """A mover that has work and says nothing for this long beyond the store's deadline is given up."""
@@ -38,15 +41,28 @@ class _Open:
 class MoverLink:
     """Implements `engine.mover.BlockMover` over one channel per worker; for one thread.
 
-    Once a mover is gone, every move fails, for its part of any block is missing.
+    Once a mover is gone, every move fails, for its part of any block is missing; until it was
+    started again, where it can be.
 
     Args:
         channels: To the movers, by worker; closed by `shutdown`.
         timeout_s: The store's deadline.
         clock: Tells how long a mover is silent.
+        restart: Starts the only mover anew, or returns None; without it a loss is for good.
     """
 
-    def __init__(self, channels: Sequence[Channel], *, timeout_s: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        channels: Sequence[Channel],
+        *,
+        timeout_s: float,
+        clock: Clock,
+        restart: Callable[[], Channel | None] | None = None,
+    ) -> None:
+        assert restart is None or len(channels) == 1, "movers of a group start with their workers"
+        self._restart = restart
+        self._restart_due_s = 0.0
+        self._restart_wait_s = MIN_RESTART_S
         self._live = dict(enumerate(channels))
         self._clock = clock
         self._patience_s = timeout_s + SILENCE_S
@@ -59,6 +75,8 @@ class MoverLink:
 
     def submit(self, move: Move) -> None:
         """Begin a move. Neither blocks nor raises."""
+        if self._loss:
+            self._try_restart()
         if self._loss:
             self._results.append(_failed(move, self._loss))
         elif len(self._open) + len(self._unsent) >= MAX_MOVES:
@@ -82,6 +100,19 @@ class MoverLink:
         for channel in self._live.values():
             channel.close()
         self._live.clear()
+
+    def _try_restart(self) -> None:
+        now_s = self._clock.now()
+        if self._restart is None or self._open or now_s < self._restart_due_s:
+            return
+        self._restart_due_s = now_s + self._restart_wait_s
+        self._restart_wait_s = min(2 * self._restart_wait_s, MAX_RESTART_S)
+        channel = self._restart()
+        if channel is not None:
+            logger.warning("the mover was started again")
+            self._live = {0: channel}
+            self._heard_s = [now_s]
+            self._loss = ""
 
     def _send_what_fits(self) -> None:
         while self._unsent and not self._loss:

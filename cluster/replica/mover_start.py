@@ -91,7 +91,7 @@ class MoverHandle:
 def start_mover(
     spec: MoverSpec, memory: HostMemory, open_store: OpenStore | None = None
 ) -> MoverHandle | None:
-    """Return a mover for a worker's slots; None where no blocks are stored.
+    """Return a mover for a worker's slots; None where no blocks are stored, or it does not start.
 
     Args:
         spec: What it does.
@@ -110,9 +110,14 @@ def start_mover(
         arguments = (peer, memory.view(), spec, open_store)
         threading.Thread(target=_run, args=arguments, name="mover", daemon=True).start()
         return MoverHandle(channel, None)
-    with theirs:
-        process = _start_process(theirs.fileno(), memory.fd)
-    channel.send("spec", asdict(spec))
+    try:
+        with theirs:
+            process = _start_process(theirs.fileno(), memory.fd)
+        channel.send("spec", asdict(spec))
+    except (OSError, UnavailableError) as error:  # a replica can do without
+        logger.warning("no blocks are stored or fetched: the mover does not start: %s", error)
+        channel.close()
+        return None
     return MoverHandle(channel, process)
 
 

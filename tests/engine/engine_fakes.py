@@ -107,6 +107,8 @@ class Bench:
             mover=self.mover,
             store_config=store_config,
         )
+        self.step_s = 0.0  # that passes while a step is computed
+        self.executor.while_computing = lambda: self.clock.advance(self.step_s)
         self.requests: dict[str, EngineRequest] = {}
         self.answers: dict[str, Answer] = {}
 

@@ -11,7 +11,9 @@ from cluster.engine.use_counter import UseCounter
 
 def keep(host: HostTier, name: bytes, uses: int = 1) -> int:
     slot = host.reserve()
-    assert slot is not None and host.commit(slot, name, uses=uses)
+    for _ in range(uses):
+        host.uses.add(name)
+    assert slot is not None and host.commit(slot, name)
     return slot
 
 
@@ -110,7 +112,9 @@ class HostTierMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reserved)
     @rule(name=st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f"]), uses=st.integers(1, 20))
     def commit(self, name: bytes, uses: int) -> None:
-        self.host.commit(self.reserved.pop(), name, uses=uses)
+        for _ in range(uses):
+            self.host.uses.add(name)
+        self.host.commit(self.reserved.pop(), name)
         assert name in self.host
 
     @precondition(lambda self: self.reserved)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from engine_fakes import Bench
+from engine_fakes import FINGERPRINT, Bench
 
 from cluster.config import EngineConfig, StoreConfig
 from cluster.engine.mover import MoveKind
+from cluster.kvstore.block_hash import block_hashes
 from cluster.types import StoreState
 from tests.fakes import Content
 
@@ -294,3 +295,106 @@ def test_computation_stops_where_the_fetched_blocks_begin() -> None:
     num_cached = ask(server, "r")  # a step has room for two blocks and a quarter of the third
     (get,) = [move for move in server.mover.moves if move.kind is MoveKind.GET]
     assert 0 < len(get.hashes) < NUM_BLOCKS and num_cached == 4 * len(get.hashes)
+
+
+def test_long_steps_of_others_do_not_keep_a_prompt_from_the_store() -> None:
+    server = bench(filled_store(), num_blocks=60)
+    server.step_s = 0.2  # every answer of the store has come long before it is looked at
+    server.add("stream", [1, 2, 3], max_tokens=40)
+    for _ in range(3):
+        server.step()
+    assert ask(server, "r") == 4 * NUM_BLOCKS
+
+
+def test_prompts_that_miss_the_same_blocks_fetch_them_once() -> None:
+    server = bench(filled_store(), num_blocks=200)
+    assert server.mover is not None
+    for index in range(8):
+        server.add(f"r{index}", [*PROMPT, index])
+    server.run()
+    settle(server)
+    server.check_answers()
+    cache = server.engine.load().cache
+    assert cache.num_fetched_blocks == NUM_BLOCKS
+    assert all(a.end and a.end.num_cached_tokens == 4 * NUM_BLOCKS for a in server.answers.values())
+
+
+def test_aborted_request_fetches_nothing() -> None:
+    server = bench(filled_store())
+    server.add("r", PROMPT)
+    server.engine.abort("r")
+    for _ in range(3):
+        settle(server)
+    assert kinds(server) == [MoveKind.FIND]
+
+
+def test_writes_recover_after_the_host_tier_was_flushed_meanwhile() -> None:
+    store: dict[bytes, Content] = {}
+    server = bench(store, num_blocks=100)
+    assert server.mover is not None
+    server.mover.write_error = "read-only"
+    for index in range(4):
+        ask(server, f"r{index}", [index, *range(200, 240)], pins_prefix=True)
+    assert server.engine.load().cache.store_state is StoreState.DEGRADED
+    server.engine.flush_cache()
+    server.mover.write_error = ""
+    for index in range(4):
+        server.clock.advance(3.0)
+        ask(server, f"later{index}", [index, *range(300, 340)], pins_prefix=True)
+    assert server.engine.load().cache.store_state is StoreState.EXACT and store
+
+
+def test_emptied_store_is_filled_again_by_the_first_that_misses() -> None:
+    store: dict[bytes, Content] = {}
+    server = bench(store)
+    ask(server, "a")
+    ask(server, "b")
+    assert len(store) == NUM_BLOCKS
+    store.clear()
+    server.engine._host.clear()
+    server.engine._cache.flush()
+    ask(server, "misses")
+    assert len(store) == NUM_BLOCKS
+
+
+def test_host_tier_gives_up_the_end_of_a_chain_first() -> None:
+    server = bench(None, num_host_slots=30, num_blocks=24)
+    chain = block_hashes(PROMPT, 4, fingerprint=FINGERPRINT)
+    ask(server, "a")
+    seen: set[int] = set()
+    for index in range(12):
+        ask(server, f"other{index}", list(range(200 + 40 * index, 229 + 40 * index)))
+        kept = [block_hash in server.engine._host for block_hash in chain]
+        assert index < 3 or kept == sorted(kept, reverse=True), kept
+        seen.add(sum(kept))
+    assert seen & set(range(1, NUM_BLOCKS)), "it went as a whole, which shows nothing"
+
+
+def test_large_block_comes_back_beside_a_stream_that_waits_for_blocks() -> None:
+    # The last to come needs a block and may preempt nobody; the prompt before it waits for blocks
+    # that are larger than what a step beside streams may copy.
+    server = bench(None, num_blocks=14, num_host_slots=64)
+    ask(server, "warm")
+    ask(server, "evicts", list(range(500, 550)))
+    server.add("decodes", [1, 2, 3], max_tokens=3)
+    server.step()
+    server.add("prompt", PROMPT)
+    server.add("last", [7, 8, 9], max_tokens=30)
+    server.run(max_steps=500)
+    server.check_answers()
+
+
+def test_restores_keep_within_the_objective_of_streams() -> None:
+    server = bench(None, num_blocks=48, num_host_slots=90)
+    server.executor.token_s = 0.001
+    ask(server, "warm", max_tokens=1)
+    ask(server, "evicts", list(range(500, 690)), max_tokens=1)
+    server.add("stream", [1, 2, 3], max_tokens=60, tpot_s=0.0035)
+    for _ in range(4):
+        server.step()
+    num_plans = len(server.executor.plans)
+    server.add("again", PROMPT, max_tokens=1)
+    server.run()
+    server.check_answers()
+    restores = [len(plan.moves.restores) for plan in server.executor.plans[num_plans:]]
+    assert sum(restores) > 5 and max(restores) <= 9, restores

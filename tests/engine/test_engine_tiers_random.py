@@ -1,4 +1,4 @@
-"""Two engines over one store, random histories: every request gets what it would have got alone."""
+"""Two engines, random histories: every request gets what it would have got alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cluster.config import EngineConfig, StoreConfig
 from cluster.types import FinishReason
 from tests.fakes import Content
 
-NUM_HISTORIES = 60
+NUM_HISTORIES = 80
 COUNTED = ("num_host_hit_tokens", "num_store_hit_tokens", "num_stored_blocks", "num_fetched_blocks")
 
 
-def make_bench(rng: random.Random, store: dict[bytes, Content], block_size: int) -> Bench:
+def make_bench(rng: random.Random, store: dict[bytes, Content] | None, block_size: int) -> Bench:
     bench = Bench(
-        num_blocks=rng.randint(20, 60) * 4 // block_size,
+        num_blocks=rng.choice([20, 24, 60]) * 4 // block_size,
         block_size=block_size,
         max_in_flight=rng.randint(1, 3),
         max_model_len=80,
@@ -32,13 +32,13 @@ def make_bench(rng: random.Random, store: dict[bytes, Content], block_size: int)
         ),
     )
     bench.executor.token_s = rng.choice([0.0, 1e-3, 1e-2])
+    bench.step_s = rng.choice([0.0, 0.0, 0.05, 0.3])
     return bench
 
 
 def happen(rng: random.Random, bench: Bench) -> None:
     """Let something happen to one engine or to the store."""
-    assert bench.mover is not None
-    what = rng.random()
+    what, mover = rng.random(), bench.mover
     if what < 0.4:
         stem, length = rng.randint(0, 2), rng.randint(0, 60)
         prompt = [(stem + i * i) % 12 for i in range(length)]
@@ -54,20 +54,24 @@ def happen(rng: random.Random, bench: Bench) -> None:
         for _ in range(rng.randint(1, 8)):
             bench.step()
             bench.clock.advance(rng.choice([0.0, 0.001, 0.01]))
-    elif what < 0.95:
-        bench.mover.move_s = rng.choice([0.0, 0.001, 0.01, 0.1])
+    elif what < 0.96 and mover is not None:
+        mover.move_s = rng.choice([0.0, 0.001, 0.01, 0.1])
+        mover.error = rng.choice(["", "", "", "no answer"])
+        mover.write_error = rng.choice(["", "", "", "read-only"])
+        mover.is_silent = rng.random() < 0.1
+        for block_hash in list(mover.store)[: rng.choice([0, 0, 10])]:
+            del mover.store[block_hash]
     elif what < 0.97:
-        for block_hash in list(bench.mover.store)[: rng.randint(0, 10)]:
-            del bench.mover.store[block_hash]
+        bench.engine.flush_cache()
     elif live := [name for name, answer in bench.answers.items() if answer.end is None]:
         bench.engine.abort(rng.choice(live))
 
 
-def test_engines_that_share_a_store_answer_as_if_alone() -> None:
+def test_engines_with_tiers_answer_as_if_alone() -> None:
     counts: Counter[str] = Counter()
     for seed in range(NUM_HISTORIES):
         rng = random.Random(seed)
-        store: dict[bytes, Content] = {}
+        store: dict[bytes, Content] | None = {} if seed % 4 else None
         block_size = rng.choice([1, 2, 4])
         benches = [make_bench(rng, store, block_size) for _ in range(2)]
         for _ in range(rng.randint(20, 80)):

@@ -10,7 +10,13 @@ import pytest
 from cluster.clock import VirtualClock
 from cluster.engine.mover import Move, MoveKind, MoveResult
 from cluster.replica.channel import Channel, channel_of, channel_pair
-from cluster.replica.mover_link import MAX_MOVES, MAX_SENT_BLOCKS, SILENCE_S, MoverLink
+from cluster.replica.mover_link import (
+    MAX_MOVES,
+    MAX_SENT_BLOCKS,
+    MIN_RESTART_S,
+    SILENCE_S,
+    MoverLink,
+)
 
 HASHES = tuple(bytes([i]) * 16 for i in range(3))
 CLOCK = VirtualClock()
@@ -141,3 +147,35 @@ def test_shutdown_is_seen_by_the_movers() -> None:
         for mover in movers:
             with pytest.raises(Exception, match="connection is lost"):
                 mover.receive()
+
+
+def test_only_mover_is_started_again_ever_more_rarely() -> None:
+    clock = VirtualClock()
+    started: list[Channel] = []
+
+    def restart() -> Channel:
+        ours, theirs = channel_pair(1.0)
+        started.append(channel_of(theirs.detach(), send_timeout_s=1.0))
+        return ours
+
+    ours, theirs = channel_pair(1.0)
+    theirs.close()  # it ended at once
+    leader = MoverLink([ours], timeout_s=0.5, clock=clock, restart=restart)
+    try:
+        leader.submit(find(0))
+        assert leader.collect(1.0)[0].error and not started
+        leader.submit(find(1))
+        answer(started[0], (True,) * 3, move_id=1)
+        assert leader.collect(1.0)[0].found == (True,) * 3
+        started[0].close()
+        leader.submit(find(2))
+        assert leader.collect(1.0)[0].error
+        leader.submit(find(3))
+        assert leader.collect(0.0)[0].error and len(started) == 1, "started again within a second"
+        clock.advance(MIN_RESTART_S)
+        leader.submit(find(4))
+        assert len(started) == 2
+    finally:
+        leader.shutdown()
+        for mover in started:
+            mover.close()

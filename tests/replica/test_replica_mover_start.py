@@ -204,3 +204,13 @@ def test_specification_does_not_show_its_secrets() -> None:
 def test_no_mover_where_nothing_is_stored() -> None:
     with host_memory() as memory:
         assert start_mover(spec_of(StoreConfig(kv_url="off")), memory) is None
+
+
+def test_mover_that_cannot_be_started_is_no_store_and_no_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    store = StoreConfig(url="redis://user:secret@127.0.0.1:1/0")
+    with host_memory() as memory:
+        assert start_mover(spec_of(store, block_nbytes=memory.block_nbytes), memory) is None
+    assert "does not start" in caplog.text and "secret" not in caplog.text

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from test_replica_mover_start import wait_gone
 from cluster.clock import WallClock
 from cluster.config import ClusterConfig, StoreConfig, load_config
 from cluster.engine.engine import Engine
+from cluster.engine.mover import Move, MoveKind
 from cluster.kvstore.embedded_blocks import EmbeddedBlocks
 from cluster.model.checkpoint import inspect_checkpoint
 from cluster.replica.build import load_whole, make_engine, part_nbytes
@@ -117,6 +120,28 @@ def test_blocks_of_one_replica_serve_another(redis_server: RedisServer) -> None:
     config = configuration(f"store.url={redis_server.url}", "store.namespace=tiers-two")
     with engine_here(config) as writer, engine_here(config) as reader:
         check_store_serves(writer, reader)
+
+
+@pytest.mark.integration
+def test_killed_mover_is_started_again(redis_server: RedisServer) -> None:
+    config = configuration(f"store.url={redis_server.url}", "store.namespace=tiers-killed")
+    tiers = LocalTiers(config, inspect_checkpoint(config.model.folder))
+    link, first_pid = tiers.tiers.mover, tiers.mover_pid
+    assert link is not None and first_pid is not None
+    try:
+        errors = []
+        for move_id in range(40):
+            link.submit(Move(move_id, MoveKind.FIND, (b"h" * 16,)))
+            errors += [result.error for result in link.collect(5.0)]
+            if move_id == 1:
+                os.kill(first_pid, signal.SIGKILL)
+            if any(errors[2:]) and not errors[-1]:
+                break
+            time.sleep(0.05)
+        assert errors[:2] == ["", ""] and any(errors[2:]) and not errors[-1], errors
+        assert tiers.mover_pid != first_pid
+    finally:
+        tiers.close()
 
 
 def test_no_host_tier_and_no_store_is_fine() -> None:
