@@ -11,6 +11,7 @@ fail nobody waits, while writes fail nothing is written, and both try again by t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from itertools import count
@@ -30,6 +31,10 @@ MAX_OPEN = {MoveKind.FIND: 32, MoveKind.GET: 32, MoveKind.PUT: 16}
 
 MIN_HOLD_S = 0.02
 PATIENCE = 4.0  # a fetch may take so many times what was predicted
+FIND_SHARE, GET_SHARE = 0.1, 0.25
+"""Of the computation that it may spare, a search or a fetch may always take so much."""
+
+SILENCE_S = 0.5  # beyond the store's deadline: then a move without an answer counts as failed
 
 
 @dataclass(slots=True)
@@ -69,6 +74,7 @@ class _Open:
     prompt: Prompt | None = None  # of a FIND
     position: int = 0  # of a GET's first block in its chain, about
     is_preload: bool = False
+    overdue_s: float = math.inf  # then the mover is silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +172,12 @@ class StoreTier:
         hashes = tuple(hashes[:MAX_FIND_BLOCKS])
         if not hashes or not self._room(MoveKind.FIND) or not self._host.num_available:
             return None
-        hold_s = max(MIN_HOLD_S, PATIENCE * self._times.latency_s)
+        computed_s = 0.0
         if cost is not None:
             computed_s = self._prefill_s(cost, len(hashes), start)[-1]
             if self._times.seconds(self._block_nbytes) > computed_s:
                 return None
+        hold_s = max(MIN_HOLD_S, PATIENCE * self._times.latency_s, FIND_SHARE * computed_s)
         if not self._reads.allow():
             return None
         fetch = Fetch(start, start + len(hashes), self._clock.now() + self._bound(hold_s))
@@ -217,7 +224,18 @@ class StoreTier:
                 self._get_ended(item, result)
             else:
                 self._find_ended(item, result, cost)
+        self._note_silence()
         return bool(results)
+
+    def _note_silence(self) -> None:
+        """Count a move as failed whose answer should long have come; it may come still."""
+        oldest = next(iter(self._open.values()), None)
+        now_s = self._clock.now()
+        if oldest is None or now_s < oldest.overdue_s:
+            return
+        oldest.overdue_s = now_s + self._config.timeout_s
+        is_write = oldest.move.kind is MoveKind.PUT
+        (self._writes if is_write else self._reads).failed()
 
     def clear(self) -> None:
         """Forget what is to be written, and what is believed to be in the store."""
@@ -237,6 +255,7 @@ class StoreTier:
         return max(0, MAX_OPEN[kind] - self._num_open[kind])
 
     def _begin(self, item: _Open) -> None:
+        item.overdue_s = self._clock.now() + self._config.timeout_s + SILENCE_S
         self._open[item.move.move_id] = item
         self._num_open[item.move.kind] += 1
         for fetch in item.fetches:
@@ -341,9 +360,13 @@ class StoreTier:
         first = self._first_fetched(num_there, prompt.start, cost)
         if first is None:
             return
-        predicted_s = self._times.seconds((num_there - first) * self._block_nbytes)
+        num_blocks = num_there - first
+        hold_s = PATIENCE * self._times.seconds(num_blocks * self._block_nbytes)
+        if cost is not None:
+            computed_s = self._prefill_s(cost, num_blocks, prompt.start + first)[-1]
+            hold_s = max(hold_s, GET_SHARE * computed_s)
         fetch.start = prompt.start + first
-        fetch.until_s = self._clock.now() + self._bound(max(MIN_HOLD_S, PATIENCE * predicted_s))
+        fetch.until_s = self._clock.now() + self._bound(max(MIN_HOLD_S, hold_s))
         num_coming = self._get(prompt.hashes[first:num_there], fetch.start, fetch)
         fetch.end = fetch.start + num_coming
 

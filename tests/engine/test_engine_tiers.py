@@ -398,3 +398,37 @@ def test_restores_keep_within_the_objective_of_streams() -> None:
     server.check_answers()
     restores = [len(plan.moves.restores) for plan in server.executor.plans[num_plans:]]
     assert sum(restores) > 5 and max(restores) <= 9, restores
+
+
+def test_silent_mover_is_noticed_without_an_answer() -> None:
+    server = bench(filled_store(), num_blocks=100)
+    assert server.mover is not None
+    server.mover.is_silent = True
+    server.add("r", PROMPT)
+    server.run()
+    for _ in range(30):
+        server.clock.advance(0.1)
+        server.step()
+    assert server.engine.load().cache.store_state is not StoreState.EXACT
+    server.mover.is_silent = False
+    for _ in range(40):
+        server.clock.advance(0.1)
+        server.step()
+    assert server.engine.load().cache.store_state is StoreState.EXACT
+
+
+def test_long_prompt_waits_longer_for_its_blocks() -> None:
+    def wait_s(token_s: float) -> float:
+        server = bench(filled_store(), store_config=StoreConfig(timeout_s=10.0))
+        assert server.mover is not None
+        server.executor.token_s = token_s
+        for length in (20, 40, 80):
+            ask(server, f"measured{length}", list(range(700, 700 + length)), max_tokens=1)
+        server.mover.is_silent = True
+        began_s = server.clock.now()
+        server.add("r", PROMPT)
+        server.run()
+        return server.clock.now() - began_s
+
+    assert wait_s(1e-3) == pytest.approx(0.02, abs=0.01)
+    assert wait_s(0.1) == pytest.approx(0.1 * 40 * 0.1, rel=0.4)
