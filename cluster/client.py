@@ -244,17 +244,30 @@ class Client:
             queries.register_prefix(name, prompt, token_ids, model=model, timeout_s=timeout_s)
         )
 
-    def list_prefixes(self) -> list[Prefix]:
-        """Return one's own registered prefixes, by name."""
-        return self._ask(queries.list_prefixes())
+    def list_prefixes(self, *, tenant: str | None = None) -> list[Prefix]:
+        """Return registered prefixes, by tenant and name.
 
-    def remove_prefix(self, name: str) -> None:
+        Args:
+            tenant: Whose; None: one's own. For administrators: any tenant, also one that is gone,
+                or "*" for all.
+
+        Raises:
+            PermissionDeniedError: They are another tenant's, and the caller is no administrator.
+        """
+        return self._ask(queries.list_prefixes(tenant))
+
+    def remove_prefix(self, name: str, *, tenant: str | None = None) -> None:
         """Forget a registered prefix.
+
+        Args:
+            name: As registered.
+            tenant: Whose it is; None: one's own. For administrators: any tenant.
 
         Raises:
             NotFoundError: There is none of this name.
+            PermissionDeniedError: It is another tenant's, and the caller is no administrator.
         """
-        self._ask(queries.remove_prefix(name))
+        self._ask(queries.remove_prefix(name, tenant))
 
     def cache_stats(self) -> CacheBooks:
         """Return the books of the store and of each replica's tiers; for administrators."""
@@ -411,13 +424,13 @@ class AsyncClient:
             queries.register_prefix(name, prompt, token_ids, model=model, timeout_s=timeout_s)
         )
 
-    async def list_prefixes(self) -> list[Prefix]:
-        """Return one's own registered prefixes, by name."""
-        return await self._ask(queries.list_prefixes())
+    async def list_prefixes(self, *, tenant: str | None = None) -> list[Prefix]:
+        """Return registered prefixes, by tenant and name; see `Client.list_prefixes`."""
+        return await self._ask(queries.list_prefixes(tenant))
 
-    async def remove_prefix(self, name: str) -> None:
+    async def remove_prefix(self, name: str, *, tenant: str | None = None) -> None:
         """Forget a registered prefix; see `Client.remove_prefix`."""
-        await self._ask(queries.remove_prefix(name))
+        await self._ask(queries.remove_prefix(name, tenant))
 
     async def cache_stats(self) -> CacheBooks:
         """Return the books of the store and of each replica's tiers; for administrators."""

@@ -208,6 +208,12 @@ class GatewayConfig(_Section):
     )
     max_prefixes: int = Field(256, ge=0, description="registered prefixes, of all tenants together")
     max_prefix_tokens: int = Field(32768, ge=1, description="of one registered prefix")
+    max_prefix_tokens_total: int = Field(
+        262144,
+        ge=1,
+        description="of all registered prefixes together: gateways read them in one reply of the "
+        "store; one tenant may have half, as of max_prefixes",
+    )
     ray_resource: str = Field(
         "", description="gateways run on Ray nodes that have this custom resource; empty: anywhere"
     )
@@ -329,6 +335,11 @@ class ClusterConfig(_Section):
     auth: AuthConfig = AuthConfig()
     router: RouterConfig = RouterConfig()
     store: StoreConfig = StoreConfig()
+
+    @property
+    def writes_blocks(self) -> bool:
+        """Whether replicas write blocks to a store, if there is one: they do from host memory."""
+        return self.cache.prefix_caching and self.cache.host_memory_bytes > 0
 
 
 def load_config(path: Path | None = None, overrides: list[str] | None = None) -> ClusterConfig:

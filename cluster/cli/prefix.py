@@ -35,6 +35,10 @@ prefix = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(help="Letters, digits, dots, dashes, underscores.")]
+Tenant = Annotated[
+    str | None,
+    typer.Option(metavar="TENANT", help="Whose, for administrators; list takes '*' for all."),
+]
 
 
 @prefix.command("add")
@@ -78,6 +82,7 @@ def add(
 
 @prefix.command("list")
 def list_all(
+    tenant: Tenant = None,
     address: Address = DEFAULT_ADDRESS,
     ca_file: CaFile = None,
     cert_file: CertFile = None,
@@ -85,9 +90,9 @@ def list_all(
     api_key_file: ApiKeyFile = None,
     json: AsJson = False,
 ) -> None:
-    """Print your registered prefixes."""
+    """Print your registered prefixes, or those of others."""
     with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
-        prefixes = client.list_prefixes()
+        prefixes = client.list_prefixes(tenant=tenant)
     if json:
         print_json({"prefixes": [asdict(known) for known in prefixes]})
     else:
@@ -97,6 +102,7 @@ def list_all(
 @prefix.command("remove")
 def remove(
     name: Name,
+    tenant: Tenant = None,
     address: Address = DEFAULT_ADDRESS,
     ca_file: CaFile = None,
     cert_file: CertFile = None,
@@ -106,7 +112,7 @@ def remove(
 ) -> None:
     """Forget a prefix; its blocks are then kept as long as others."""
     with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
-        client.remove_prefix(name)
+        client.remove_prefix(name, tenant=tenant)
     if json:
         print_json({"removed": name})
     else:
@@ -114,12 +120,15 @@ def remove(
 
 
 def prefix_table(prefixes: Sequence[Prefix]) -> Table:
-    """Return prefixes as a table with one row each."""
-    table = Table("prefix", "model", "tokens", "blocks stored", "registered (UTC)")
+    """Return prefixes as a table with one row each; whose they are, where there are tenants."""
+    has_tenants = any(known.tenant for known in prefixes)
+    owner = ("tenant",) if has_tenants else ()
+    table = Table(*owner, "prefix", "model", "tokens", "blocks stored", "registered (UTC)")
     for known in prefixes:
         style = "green" if known.num_stored_blocks == known.num_blocks else "yellow"
         when = datetime.fromtimestamp(known.registered_at_s, UTC)
         table.add_row(
+            *([escape(known.tenant)] if has_tenants else []),
             escape(known.name),
             escape(known.model),
             str(known.num_tokens),

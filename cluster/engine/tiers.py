@@ -27,7 +27,7 @@ from cluster.types import CacheLoad, StepCost, StepShape, StoreState
 COPY_BYTES_PER_S = 4e9
 """Of a copy between KV cache and host tier, at the least: what a core copies, or a PCIe 3 bus."""
 
-MAX_COPY_SHARE = 0.03  # of a step in which somebody decodes
+MAX_COPY_SHARE = 0.01  # of a step in which somebody decodes
 MAX_COPY_BYTES = 64 * 2**20  # of another step
 ASSUMED_STEP_S = 0.005  # before one was measured
 

@@ -39,7 +39,7 @@ async def read_prefix(
     context = limits.max_model_len
     reason = f"limit={context - 1} (max_model_len={context} less one token after it)"
     _check_length(request, token_ids, context - 1, reason)
-    return PrefixRecord(caller.tenant, request.name, limits.model, token_ids, time.time())
+    return PrefixRecord.of(caller.tenant, request.name, limits.model, token_ids, time.time())
 
 
 async def read_inspected(

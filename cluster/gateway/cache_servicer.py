@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -15,6 +16,7 @@ from cluster.gateway.generation import GatewayParts
 from cluster.gateway.identity import Caller, caller_of
 from cluster.gateway.prefix_keeper import PrefixKeeper
 from cluster.gateway.prefix_record import PrefixRecord
+from cluster.gateway.prefixes import STORE_IS_SILENT
 from cluster.gateway.servicer import remaining_of
 from cluster.gateway.status import ending
 from cluster.gateway.stored_blocks import Layout, Prompt, StoredBlocks
@@ -22,9 +24,12 @@ from cluster.gateway.tiers import tiers_to_proto
 from cluster.kvstore.block_hash import router_key
 from cluster.rpc.sluice.v1 import cache_pb2
 
+logger = logging.getLogger(__name__)
+
 _FLUSH_TIMEOUT_S = 5.0  # of one leader
 _STORED_TIMEOUT_S = 2.0  # for blocks that were computed to be in the store
 _STORED_POLL_S = 0.05
+_ALL = "*"  # tenants; no name of one
 _NO_STORE = "store.kv_url=off: no blocks are stored"
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -56,20 +61,23 @@ class CacheServicer:
             caller = self._caller(context)
             record = await self._parts.prefixes.put(await read_prefix(self._parts, request, caller))
             await self._keeper.compute(record, caller.salt, remaining_of(context))
-            num_stored = await self._await_stored(Prompt(record.token_ids, caller.salt), context)
+            prompt = Prompt(record.token_ids, caller.salt)
+            num_stored = await self._await_stored(prompt, remaining_of(context)())
         return cache_pb2.RegisterPrefixResponse(prefix=self._prefix(record, num_stored))
 
     async def ListPrefixes(
         self, request: cache_pb2.ListPrefixesRequest, context: _Context
     ) -> cache_pb2.ListPrefixesResponse:
-        """Answer with the caller's prefixes; a store that does not answer has none of them."""
+        """Answer with the prefixes asked for; of a store that does not answer none has blocks."""
         async with self._ending(context):
-            caller = self._caller(context)
+            tenant = self._owner(request, context)
+            prefixes = self._parts.prefixes
+            records = prefixes.records if tenant == _ALL else prefixes.of_tenant(tenant)
             response, is_up = cache_pb2.ListPrefixesResponse(), True
-            for record in self._parts.prefixes.of_tenant(caller.tenant):
-                num_stored = 0
-                if is_up:
-                    num_stored, reason = await self._count(Prompt(record.token_ids, caller.salt))
+            for record in records:
+                num_stored, salt = 0, self._parts.authenticator.salt_of(record.tenant)
+                if is_up and salt is not None:
+                    num_stored, reason = await self._count(Prompt(record.token_ids, salt))
                     is_up = not reason
                 response.prefixes.append(self._prefix(record, num_stored))
         return response
@@ -79,8 +87,10 @@ class CacheServicer:
     ) -> cache_pb2.RemovePrefixResponse:
         """Forget a name, and pin its blocks no more."""
         async with self._ending(context):
-            tenant = self._caller(context).tenant
-            await self._keeper.release(await self._parts.prefixes.remove(tenant, request.name))
+            tenant = self._owner(request, context)
+            removed = await self._parts.prefixes.remove(tenant, request.name)
+            if removed is not None:
+                await self._keeper.release(removed)
         return cache_pb2.RemovePrefixResponse()
 
     async def CacheStats(
@@ -121,7 +131,7 @@ class CacheServicer:
                 await self._flush_replicas(response)
             if request.store and self._blocks.store is not None:
                 response.num_store_blocks = await self._blocks.store.flush()
-            self._keeper.wake()
+            await self._keeper.wake_all()
         return response
 
     async def InspectCache(
@@ -132,24 +142,27 @@ class CacheServicer:
             caller = self._caller(context)
             prompt = Prompt(await read_inspected(self._parts, request, caller), caller.salt)
             num_stored, store_error = await self._count(prompt)
+            if store_error and not caller.is_admin and self._blocks.store is not None:
+                store_error = STORE_IS_SILENT  # the reason may name hosts and users
             return cache_pb2.InspectCacheResponse(
                 num_tokens=len(prompt.token_ids),
-                num_blocks=self._num_blocks(prompt.token_ids),
+                num_blocks=self._num_blocks(len(prompt.token_ids)),
                 num_stored_blocks=num_stored,
                 store_error=store_error,
                 replicas=self._cached_on(prompt),
             )
 
-    async def _await_stored(self, prompt: Prompt, context: _Context) -> int:
+    async def _await_stored(self, prompt: Prompt, remaining_s: float | None) -> int:
         """Return how many blocks are stored, as soon as all are, or after a moment."""
-        remaining_s = remaining_of(context)()
-        wait_s = (
-            _STORED_TIMEOUT_S if remaining_s is None else min(_STORED_TIMEOUT_S, remaining_s / 2)
-        )
+        wait_s = _STORED_TIMEOUT_S
+        if self._blocks.store is None or not self._parts.config.writes_blocks:
+            wait_s = 0.0
+        elif remaining_s is not None:
+            wait_s = min(wait_s, remaining_s / 2)
         give_up_s = time.monotonic() + wait_s
         num_stored, reason = await self._count(prompt)
-        while not reason and num_stored < self._num_blocks(prompt.token_ids):
-            if self._blocks.store is None or time.monotonic() >= give_up_s:
+        while not reason and num_stored < self._num_blocks(len(prompt.token_ids)):
+            if time.monotonic() >= give_up_s:
                 break
             await asyncio.sleep(_STORED_POLL_S)
             num_stored, reason = await self._count(prompt)
@@ -162,6 +175,7 @@ class CacheServicer:
         try:
             return await self._blocks.count(prompt), ""
         except SluiceError as error:
+            logger.info("stored blocks are not counted: %s", error)
             return 0, str(error)
 
     async def _flush_replicas(self, response: cache_pb2.FlushCacheResponse) -> None:
@@ -207,25 +221,44 @@ class CacheServicer:
         return cache_pb2.Prefix(
             name=record.name,
             model=record.model,
-            num_tokens=len(record.token_ids),
-            num_blocks=self._num_blocks(record.token_ids),
+            num_tokens=record.num_tokens,
+            num_blocks=self._num_blocks(record.num_tokens),
             num_stored_blocks=num_stored_blocks,
             registered_at_s=record.registered_at_s,
+            tenant=record.tenant,
         )
 
-    def _num_blocks(self, token_ids: tuple[int, ...]) -> int:
-        return len(token_ids) // self._parts.config.cache.block_size
+    def _num_blocks(self, num_tokens: int) -> int:
+        return num_tokens // self._parts.config.cache.block_size
 
     def _caller(self, context: _Context) -> Caller:
         return caller_of(self._parts.authenticator, context)
 
+    def _owner(
+        self,
+        request: cache_pb2.ListPrefixesRequest | cache_pb2.RemovePrefixRequest,
+        context: _Context,
+    ) -> str:
+        """Return whose prefixes a request is about.
+
+        Raises:
+            PermissionDeniedError: They are another tenant's, and the caller is no administrator.
+        """
+        caller = self._caller(context)
+        if not request.HasField("tenant") or request.tenant == caller.tenant:
+            return caller.tenant
+        self._check_admin(caller)
+        return request.tenant
+
     def _admin(self, context: _Context) -> None:
+        self._check_admin(self._caller(context))
+
+    def _check_admin(self, caller: Caller) -> None:
         """Raise unless the caller may see and touch what belongs to others.
 
         Raises:
             PermissionDeniedError: It may not.
         """
-        caller = self._caller(context)
         if not caller.is_admin:
             raise PermissionDeniedError(
                 f"tenant {caller.tenant!r} is no administrator: ask one, or have `admin: true` set "

@@ -7,7 +7,6 @@ size of a request, its time.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 
 from prometheus_client import CollectorRegistry
@@ -68,15 +67,15 @@ class MetricsServer:
             if self._num_connections <= _MAX_CONNECTIONS:
                 async with asyncio.timeout(_TIMEOUT_S):
                     writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
-                    await writer.drain()
+                    writer.close()
+                    await writer.wait_closed()  # a connection counts until its last byte has left
         except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError):
-            writer.transport.abort()  # what waits to be sent goes too
+            logger.debug("a scrape was cut off", exc_info=True)
         except Exception:
             logger.exception("a scrape failed")
         finally:
+            writer.transport.abort()  # what waits to be sent to who does not read goes too
             self._num_connections -= 1
-            with contextlib.suppress(OSError):
-                writer.close()
 
     def _answer(self, request: bytes) -> bytes:
         method, _, rest = request.partition(b" ")

@@ -1,7 +1,8 @@
 """Keeps the blocks of registered prefixes in the store: computed once, pinned, renewed.
 
 One gateway does it for all: of those that hold a lease of the kind `prefix-keeper`, the one with
-the first id. Nothing waits for it.
+the first id. Nothing waits for it. A pin ends after `store.kv_ttl_s`, so what no round renews any
+more is evicted like other blocks.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 from cluster.errors import SluiceError
 from cluster.gateway.generation import ClientCall, GatewayParts, Generation
@@ -69,6 +70,14 @@ class PrefixKeeper:
         self._num_tries.clear()
         self._wake.set()
 
+    async def wake_all(self) -> None:
+        """Have whichever gateway it is that keeps the prefixes look after them soon."""
+        self.wake()
+        try:
+            await self._parts.prefixes.announce_flush()
+        except SluiceError as error:
+            logger.warning("only this gateway knows that blocks were flushed: %s", error)
+
     async def compute(
         self, record: PrefixRecord, salt: bytes, remaining_s: Callable[[], float | None]
     ) -> None:
@@ -92,16 +101,18 @@ class PrefixKeeper:
     async def release(self, record: PrefixRecord) -> None:
         """Let the blocks of a removed prefix be evicted, but for those that others need.
 
-        A store that does not answer is no failure: what is not renewed expires.
+        What is not reached here, as blocks of a replica that is gone or of a store that does not
+        answer, loses its pin by itself: a pin lasts `store.kv_ttl_s` and is renewed in rounds only.
         """
-        prompts = [self._prompt(other) for other in self._parts.prefixes.records]
         prompt = self._prompt(record)
         if prompt is None:
             return
+        records = self._parts.prefixes.records
+        others = [other for other in map(self._prompt, records) if other is not None]
         try:
-            await self._blocks.unpin(prompt, [other for other in prompts if other is not None])
+            await self._blocks.unpin(prompt, others)
         except SluiceError as error:
-            logger.warning("blocks of a removed prefix stay until they expire: %s", error)
+            logger.warning("blocks of a removed prefix stay until their pins end: %s", error)
 
     async def keep_all(self) -> None:
         """Do one round: renew and pin what is stored, compute what is not.
@@ -109,20 +120,34 @@ class PrefixKeeper:
         Raises:
             UnavailableError: The store does not answer.
         """
-        records = self._parts.prefixes.records
-        if not records or self._blocks.store is None or not len(self._parts.fleet.table):
-            return
-        if not await self._is_keeper():
+        parts, records = self._parts, self._parts.prefixes.records
+        if self._blocks.store is None or not parts.config.writes_blocks:
+            return  # what is computed would not be stored
+        if not records or not len(parts.fleet.table) or not await self._is_keeper():
             return
         self._num_rounds += 1
         for record in records:
-            prompt = self._prompt(record)
-            if prompt is None or record.model != self._parts.config.model.served_name:
-                continue  # its tenant, or its model, is not served any more
+            # Computing takes long: meanwhile the prefix may have been removed, and another gateway
+            # may have become the keeper.
+            if not await self._is_keeper():
+                return
+            await parts.prefixes.refresh()
+            if record in parts.prefixes:
+                await self._keep(record)
+
+    async def _keep(self, record: PrefixRecord) -> None:
+        prompt = self._prompt(record)
+        if prompt is None or record.model != self._parts.config.model.served_name:
+            return  # its tenant, or its model, is not served any more
+        try:
             if await self._blocks.pin(prompt):
                 self._num_tries.pop(record_key(record.tenant, record.name), None)
             else:
                 await self._recompute(record, prompt)
+        except SluiceError:
+            raise
+        except Exception:  # the others are looked after all the same
+            logger.exception("looking after prefix %s failed", record.name)
 
     async def _recompute(self, record: PrefixRecord, prompt: Prompt) -> None:
         """Compute what the store has lost; what never stays there, ever more rarely."""
@@ -132,15 +157,36 @@ class PrefixKeeper:
             return
         self._num_tries[key] = min(num_tries + 1, _MAX_BACKOFF)
         try:
-            async with asyncio.timeout(_COMPUTE_TIMEOUT_S):
+            async with asyncio.timeout(_COMPUTE_TIMEOUT_S), self._lease_kept():
                 await self.compute(record, prompt.salt, lambda: _COMPUTE_TIMEOUT_S)
         except (SluiceError, TimeoutError) as error:
             logger.info("prefix %s was not computed, tried again later: %s", record.name, error)
 
     async def _is_keeper(self) -> bool:
         own = self._parts.gateway_id
-        await self._store.put_lease(KEEPER_LEASES, own, b"", _ROUNDS_PER_TTL * self._interval_s)
+        await self._renew_lease()
         return min(await self._store.list_leases(KEEPER_LEASES), default=own) == own
+
+    async def _renew_lease(self) -> None:
+        ttl_s = _ROUNDS_PER_TTL * self._interval_s
+        await self._store.put_lease(KEEPER_LEASES, self._parts.gateway_id, b"", ttl_s)
+
+    @contextlib.asynccontextmanager
+    async def _lease_kept(self) -> AsyncIterator[None]:
+        """Renew the lease for as long as this takes."""
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(self._interval_s)
+                with contextlib.suppress(SluiceError):
+                    await self._renew_lease()
+
+        task = asyncio.create_task(renew(), name="prefix-keeper-lease")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])  # so that it comes before a lease that is dropped
 
     def _prompt(self, record: PrefixRecord) -> Prompt | None:
         salt = self._parts.authenticator.salt_of(record.tenant)

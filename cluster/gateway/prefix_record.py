@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Literal
+from typing import Literal, Self
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,8 +25,26 @@ class PrefixRecord:
     tenant: str  # empty without authentication
     name: str  # matches NAME_PATTERN
     model: str  # name of the model whose tokenizer made the tokens
-    token_ids: tuple[int, ...]  # at least one, unsigned 32-bit numbers
+    packed_tokens: bytes = field(repr=False)  # at least one, 4 bytes each, little-endian
     registered_at_s: float  # since 1970
+
+    @classmethod
+    def of(
+        cls, tenant: str, name: str, model: str, token_ids: tuple[int, ...], registered_at_s: float
+    ) -> Self:
+        """Return the record of a prefix given as token ids: unsigned 32-bit numbers."""
+        packed = struct.pack(f"<{len(token_ids)}I", *token_ids)
+        return cls(tenant, name, model, packed, registered_at_s)
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length."""
+        return len(self.packed_tokens) // _TOKEN_BYTES
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Its tokens, unpacked anew each time: a gateway keeps many prefixes and needs few."""
+        return struct.unpack(f"<{self.num_tokens}I", self.packed_tokens)
 
 
 class _Entry(BaseModel):
@@ -53,7 +71,7 @@ def encode_record(record: PrefixRecord) -> bytes:
         tenant=record.tenant,
         name=record.name,
         model=record.model,
-        tokens=struct.pack(f"<{len(record.token_ids)}I", *record.token_ids),
+        tokens=record.packed_tokens,
         registered_at_s=record.registered_at_s,
     )
     packed: bytes = msgpack.packb(entry.model_dump())
@@ -70,13 +88,6 @@ def decode_record(key: str, value: bytes) -> PrefixRecord | None:
         entry = _Entry.model_validate(msgpack.unpackb(value), strict=True)
     except (ValueError, ValidationError, msgpack.UnpackException):
         return None
-    num_tokens, rest = divmod(len(entry.tokens), _TOKEN_BYTES)
-    if rest or key != record_key(entry.tenant, entry.name):
+    if len(entry.tokens) % _TOKEN_BYTES or key != record_key(entry.tenant, entry.name):
         return None
-    return PrefixRecord(
-        tenant=entry.tenant,
-        name=entry.name,
-        model=entry.model,
-        token_ids=struct.unpack(f"<{num_tokens}I", entry.tokens),
-        registered_at_s=entry.registered_at_s,
-    )
+    return PrefixRecord(entry.tenant, entry.name, entry.model, entry.tokens, entry.registered_at_s)

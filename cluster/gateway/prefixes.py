@@ -5,7 +5,8 @@
                      └──── put back by the gateways where the store has lost them
 
 A record of its own, the epoch, tells a store that was emptied from one in which prefixes were
-removed: it is written with the first prefix and never removed.
+removed: it is written with the first prefix and never removed. Another one changes with each flush
+of blocks, so that the gateway that keeps them stored hears of it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from cluster.config import GatewayConfig
 from cluster.errors import (
     AlreadyExistsError,
     NotFoundError,
-    OverloadedError,
     SluiceError,
     UnavailableError,
 )
 from cluster.gateway.identity import Caller
+from cluster.gateway.prefix_limits import check_room
 from cluster.gateway.prefix_record import (
     PREFIX_RECORDS,
     PrefixRecord,
@@ -37,8 +39,11 @@ from cluster.kvstore.store import Store
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 1.0
-_EPOCH = "epoch"  # no record's key: these are hexadecimal digests
-_EPOCH_BYTES = 16
+STORE_IS_SILENT = "the store does not answer"  # all that a tenant is told of it
+_EPOCH = "epoch"  # no record's key, as the next one: these are hexadecimal digests
+_FLUSH = "flush"
+_RANDOM_BYTES = 16
+_MAX_LISTS = 4  # in one look: each gateway that puts prefixes back at the same time may cost one
 
 
 class Prefixes:
@@ -59,18 +64,23 @@ class Prefixes:
         self._records: dict[str, PrefixRecord] = {}  # by key, of all tenants
         self._version = ""
         self._epoch = b""
+        self._flush: bytes | None = None  # None: not looked yet
         self._lock = asyncio.Lock()
         self._loaded_s = -1.0  # when the last look at the store began
         self._load_error: SluiceError | None = None  # how it ended
         self._unreadable: set[str] = set()
         self._task: asyncio.Task[None] | None = None
         self.on_store_back: Callable[[], None] = lambda: None
-        """Called when the store answers again, or has turned out to be emptied."""
+        """Called when the store answers again, was emptied, or its blocks were flushed."""
 
     @property
     def records(self) -> list[PrefixRecord]:
         """All prefixes of all tenants, ordered by tenant and name."""
         return sorted(self._records.values(), key=lambda record: (record.tenant, record.name))
+
+    def __contains__(self, record: PrefixRecord) -> bool:
+        """Return whether this very record is registered still."""
+        return self._records.get(record_key(record.tenant, record.name)) == record
 
     def of_tenant(self, tenant: str) -> list[PrefixRecord]:
         """Return a tenant's prefixes, by name."""
@@ -104,13 +114,8 @@ class Prefixes:
         """Return a tenant's prefix; raises what `tokens_of` does."""
         key = record_key(tenant, name)
         if key not in self._records:
-            try:
+            with _for_client(f"prefix={name[:128]!r} is not known to this gateway, and "):
                 await self.refresh()
-            except SluiceError as error:
-                raise UnavailableError(
-                    f"prefix={name[:128]!r} is not known to this gateway, and the store that would "
-                    f"know it does not answer ({error}): try again"
-                ) from error
         record = self._records.get(key)
         if record is None:
             raise NotFoundError(f"prefix={name[:128]!r} is not registered: register it first")
@@ -126,41 +131,74 @@ class Prefixes:
 
         Raises:
             AlreadyExistsError: The name stands for other tokens.
-            OverloadedError: There are as many prefixes as there may be.
+            OverloadedError: There are as many prefixes or tokens as there may be.
             UnavailableError: The store does not answer.
         """
-        key = record_key(record.tenant, record.name)
-        await self.refresh()
-        if (known := self._records.get(key)) is not None:
-            return _same(known, record)
-        limit = self._config.max_prefixes
-        if len(self._records) >= limit:
-            raise OverloadedError(
-                f"{len(self._records)} prefixes are registered, gateway.max_prefixes={limit}: "
-                "remove one first"
+        with _for_client():
+            await self.refresh()
+            async with self._lock:  # no look that began before ends after, here as in `remove`
+                if await self._write(record):
+                    return record
+            await self.refresh()  # another gateway was asked for the name at the same time
+        known = self._records.get(record_key(record.tenant, record.name))
+        if known is None:
+            raise UnavailableError(
+                f"name={record.name!r} was registered and removed at the same time: try again"
             )
-        if not self._epoch:
-            self._epoch = secrets.token_bytes(_EPOCH_BYTES)
-            await self._store.put_record(PREFIX_RECORDS, _EPOCH, self._epoch)
-        await self._store.put_record(PREFIX_RECORDS, key, encode_record(record))
-        self._records[key] = record
-        await self.refresh()  # another gateway may have been asked for the name at the same time
-        return _same(self._records.get(key, record), record)
+        return _same(known, record)
 
-    async def remove(self, tenant: str, name: str) -> PrefixRecord:
-        """Forget a prefix; return what it was.
+    async def _write(self, record: PrefixRecord) -> bool:
+        """Return whether the record is new, and what is in the store now."""
+        key = record_key(record.tenant, record.name)
+        if key in self._records:
+            return False
+        check_room(record, self.records, self._config)
+        if not self._epoch:
+            epoch = secrets.token_bytes(_RANDOM_BYTES)
+            if await self._store.put_record(PREFIX_RECORDS, _EPOCH, epoch, if_absent=True):
+                self._epoch = epoch
+        # What nobody can read is nobody's: it is replaced.
+        is_written = await self._store.put_record(
+            PREFIX_RECORDS, key, encode_record(record), if_absent=key not in self._unreadable
+        )
+        if is_written:
+            self._records[key] = record
+        return is_written
+
+    async def remove(self, tenant: str, name: str) -> PrefixRecord | None:
+        """Forget a prefix; return what it was, None where that cannot be read.
+
+        A known one is dropped without a look at the others, so that one gets out of a registry
+        that has become too large to be read.
 
         Raises:
             NotFoundError: The tenant has no such prefix.
             UnavailableError: The store does not answer.
         """
-        await self.refresh()
         key = record_key(tenant, name)
-        if (record := self._records.get(key)) is None:
-            raise NotFoundError(f"prefix={name[:128]!r} is not registered: nothing to remove")
-        await self._store.drop_record(PREFIX_RECORDS, key)
-        self._records.pop(key, None)
-        return record
+        if key not in self._records:
+            try:
+                await self.refresh()
+            except SluiceError as error:
+                logger.info("a prefix is removed unseen: %s", error)
+            else:
+                if key not in self._records and key not in self._unreadable:
+                    raise NotFoundError(
+                        f"prefix={name[:128]!r} is not registered: nothing to remove"
+                    )
+        with _for_client():
+            async with self._lock:
+                await self._store.drop_record(PREFIX_RECORDS, key)
+                return self._records.pop(key, None)
+
+    async def announce_flush(self) -> None:
+        """Have every gateway call `on_store_back` soon.
+
+        Raises:
+            UnavailableError: The store does not answer.
+        """
+        flush = secrets.token_bytes(_RANDOM_BYTES)
+        await self._store.put_record(PREFIX_RECORDS, _FLUSH, flush)
 
     async def refresh(self) -> None:
         """Take what the store has now; those who ask at the same time share one answer.
@@ -188,42 +226,48 @@ class Prefixes:
             self.on_store_back()
 
     async def _load(self) -> None:
-        listed = await self._store.list_records(PREFIX_RECORDS, self._version)
-        if listed.values is None:
-            return
-        values = dict(listed.values)
-        epoch = values.pop(_EPOCH, b"")
-        if self._records and epoch != self._epoch:
-            await self._restore(epoch, values)
+        is_emptied = False
+        for _ in range(_MAX_LISTS):
+            listed = await self._store.list_records(PREFIX_RECORDS, self._version)
+            if listed.values is None:
+                return
+            epoch = listed.values.get(_EPOCH, b"")
+            if not self._records or epoch == self._epoch:
+                break
+            await self._restore(epoch, listed.values)
+            is_emptied = True
+        else:
+            raise UnavailableError("the store was emptied while prefixes were written back to it")
+        await self._take(listed.version, listed.values)
+        if is_emptied:
             self.on_store_back()
-            return
-        self._epoch, self._version = epoch, listed.version
-        self._records = self._decode(values)
+
+    async def _take(self, version: str, values: dict[str, bytes]) -> None:
+        values = dict(values)
+        epoch, flush = values.pop(_EPOCH, b""), values.pop(_FLUSH, b"")
+        records = await asyncio.to_thread(_decode, values)
+        for key in values.keys() - records.keys() - self._unreadable:
+            logger.warning("a registered prefix cannot be read and is left out: %.40s", key)
+        is_flushed = bool(flush) and self._flush not in (None, flush)
+        self._records, self._unreadable = records, values.keys() - records.keys()
+        self._epoch, self._flush, self._version = epoch, flush, version
+        if is_flushed:
+            self.on_store_back()
 
     async def _restore(self, epoch: bytes, values: dict[str, bytes]) -> None:
-        """Put back what an emptied store lost; the next look takes whatever is there then."""
+        """Put back what an emptied store lost; what others registered there since stays."""
         lost = {key: record for key, record in self._records.items() if key not in values}
         if lost:
             logger.warning(
                 "the store has lost %d registered prefixes: they are written again", len(lost)
             )
         for key, record in lost.items():
-            await self._store.put_record(PREFIX_RECORDS, key, encode_record(record))
+            value = encode_record(record)
+            await self._store.put_record(PREFIX_RECORDS, key, value, if_absent=True)
         if not epoch:
             epoch = self._epoch
-            await self._store.put_record(PREFIX_RECORDS, _EPOCH, epoch)
+            await self._store.put_record(PREFIX_RECORDS, _EPOCH, epoch, if_absent=True)
         self._epoch = epoch
-
-    def _decode(self, values: dict[str, bytes]) -> dict[str, PrefixRecord]:
-        records = {}
-        for key, value in values.items():
-            record = decode_record(key, value)
-            if record is not None:
-                records[key] = record
-            elif key not in self._unreadable:
-                logger.warning("a registered prefix cannot be read and is left out: %.40s", key)
-        self._unreadable = values.keys() - records.keys()
-        return records
 
     def _is_servable(self, record: PrefixRecord) -> bool:
         return record.model == self._model and max(record.token_ids) < self._vocab_size
@@ -241,10 +285,25 @@ class Prefixes:
             await asyncio.sleep(POLL_INTERVAL_S)
 
 
+def _decode(values: dict[str, bytes]) -> dict[str, PrefixRecord]:
+    decoded = {key: decode_record(key, value) for key, value in values.items()}
+    return {key: record for key, record in decoded.items() if record is not None}
+
+
+@contextmanager
+def _for_client(circumstance: str = "") -> Iterator[None]:
+    """Keep from clients what a store says of itself: addresses, users, its own errors."""
+    try:
+        yield
+    except UnavailableError as error:
+        logger.info("registered prefixes: %s", error)
+        raise UnavailableError(f"{circumstance}{STORE_IS_SILENT}: try again") from error
+
+
 def _same(known: PrefixRecord, record: PrefixRecord) -> PrefixRecord:
-    if (known.model, known.token_ids) != (record.model, record.token_ids):
+    if (known.model, known.packed_tokens) != (record.model, record.packed_tokens):
         raise AlreadyExistsError(
-            f"name={record.name!r} stands for another prefix of {len(known.token_ids)} tokens: "
+            f"name={record.name!r} stands for another prefix of {known.num_tokens} tokens: "
             "remove it first, or choose another name"
         )
     return known

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.gateway.fleet import Fleet
@@ -77,7 +78,7 @@ class StoredBlocks:
         """
         counts = []
         if self.store is not None:
-            for chunks in self._parts(prompt):
+            for chunks in await self._parts(prompt):
                 counts.append(await _leading(self.store, chunks))
         return min(counts, default=0)
 
@@ -89,7 +90,7 @@ class StoredBlocks:
         """
         is_whole = True
         if self.store is not None:
-            for chunks in self._parts(prompt):
+            for chunks in await self._parts(prompt):
                 for keys in chunks:
                     is_whole &= all(await self.store.touch_blocks(keys, pinned=True))
         return is_whole
@@ -102,24 +103,40 @@ class StoredBlocks:
         """
         if self.store is None:
             return
-        rivals = [other for other in others if other.salt == prompt.salt]
-        for layout in self.layouts():
-            kept = {name for other in rivals for name in layout.hashes(other.token_ids, other.salt)}
-            freed = [n for n in layout.hashes(prompt.token_ids, prompt.salt) if n not in kept]
-            for chunks in _chunks(layout, freed):
-                for keys in chunks:
-                    await self.store.unpin_blocks(keys)
+        rivals = [other.token_ids for other in others if other.salt == prompt.salt]
+        num_shared = max((_num_common(prompt.token_ids, rival) for rival in rivals), default=0)
+        for chunks in await self._parts(prompt, from_token=num_shared):
+            for keys in chunks:
+                await self.store.unpin_blocks(keys)
 
-    def _parts(self, prompt: Prompt) -> Iterator[list[list[bytes]]]:
-        """Yield the keys of each worker of each layout, in chunks along the prompt."""
-        for layout in self.layouts():
-            yield from _chunks(layout, layout.hashes(prompt.token_ids, prompt.salt))
+    async def _parts(self, prompt: Prompt, from_token: int = 0) -> list[list[list[bytes]]]:
+        """Return the keys of each worker of each layout, in chunks along the prompt.
+
+        They are made on a thread: a prompt may have thousands of blocks, and the loop has streams.
+
+        Args:
+            prompt: Whose.
+            from_token: Full blocks before it are left out.
+        """
+        layouts = self.layouts()
+        return await asyncio.to_thread(_keys, layouts, prompt, from_token)
 
 
-def _chunks(layout: Layout, hashes: list[bytes]) -> Iterator[list[list[bytes]]]:
-    for prefix in layout.part_prefixes():
-        keys = block_keys(prefix, hashes)
-        yield [keys[i : i + _CHUNK_KEYS] for i in range(0, len(keys), _CHUNK_KEYS)]
+def _keys(layouts: list[Layout], prompt: Prompt, from_token: int) -> list[list[list[bytes]]]:
+    parts = []
+    for layout in layouts:
+        hashes = layout.hashes(prompt.token_ids, prompt.salt)[from_token // layout.block_size :]
+        for prefix in layout.part_prefixes():
+            keys = block_keys(prefix, hashes)
+            parts.append([keys[i : i + _CHUNK_KEYS] for i in range(0, len(keys), _CHUNK_KEYS)])
+    return parts
+
+
+def _num_common(tokens: tuple[int, ...], others: tuple[int, ...]) -> int:
+    """Return how many leading tokens two prompts share: their hash chains share those blocks."""
+    pairs = enumerate(zip(tokens, others, strict=False))
+    shorter = min(len(tokens), len(others))
+    return next((index for index, (one, other) in pairs if one != other), shorter)
 
 
 async def _leading(store: BlockStore, chunks: list[list[bytes]]) -> int:

@@ -117,13 +117,19 @@ def read_tenants(path: Path) -> Tenants:
         raise _error(str(error.strerror), "give a file that this process may read") from None
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the top"
+        where = ".".join(map(_shown, first["loc"])) or "the top"
         raise _error(f"{where}: {first['msg']}", "docs/store.md shows the format") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a snippet may show a key
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}" if mark else "the file"
         raise _error(f"{where}: no YAML", "docs/store.md shows the format") from None
     return Tenants(tenants)
+
+
+def _shown(part: int | str) -> str:
+    """Return a part of a place: the name of a field that is not ours may be a key by mistake."""
+    is_ours = isinstance(part, int) or part in _File.model_fields or part in Tenant.model_fields
+    return str(part) if is_ours else "(a name that is no field)"
 
 
 def _error(reason: str, remedy: str) -> ConfigError:

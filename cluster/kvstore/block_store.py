@@ -51,12 +51,14 @@ class BlockStore(Protocol):
 
         The budget holds at all times: the least valuable blocks make room. A block that has no
         place even then is not stored. Pinned blocks are spared, as long as they are at most half of
-        the budget; further ones are stored like others. Room for a block is never made by another
-        one of the same call, so of a chain that is too long the first blocks stay.
+        the budget; further ones are stored like others. A pin is a lease: it ends with the TTL
+        (`StoreConfig.kv_ttl_s`) unless it is asked for again, and what was used meanwhile goes on
+        as a block like others. Room for a block is never made by another one of the same call, so
+        of a chain that is too long the first blocks stay.
 
         Args:
             blocks: By key.
-            pinned: Spare them.
+            pinned: Spare them for a TTL. Those that are pinned stay so without it, until their end.
             position: Place of the first one in its chain, where it is written in several calls.
         """
         ...
@@ -74,7 +76,8 @@ class BlockStore(Protocol):
 
         Args:
             keys: Any.
-            pinned: Pin those that are present, within the limit of `put_blocks`.
+            pinned: Pin those that are present for another TTL, within the limit of `put_blocks`.
+                A use without it renews the block, not its pin.
         """
         ...
 

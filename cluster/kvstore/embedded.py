@@ -71,8 +71,10 @@ class EmbeddedStore:
         """Return the live leases of a kind, ordered by key."""
         return {key: lease.value for key, lease in sorted(self._live_leases(kind).items())}
 
-    async def put_record(self, kind: str, key: str, value: bytes) -> None:
-        """Keep `value` under `key` until it is dropped; replaces.
+    async def put_record(
+        self, kind: str, key: str, value: bytes, *, if_absent: bool = False
+    ) -> bool:
+        """Keep `value` under `key` until it is dropped; return whether it is the one kept now.
 
         Raises:
             InvalidArgumentError: The value is too long.
@@ -80,10 +82,13 @@ class EmbeddedStore:
         """
         check_record(kind, key, value)
         records = self._records.setdefault(kind, {})
+        if if_absent and key in records:
+            return records[key] == value
         if len(records) >= MAX_RECORDS and key not in records:
             raise OverloadedError(too_many_records(kind))
         records[key] = value
         self._num_changes[kind] = self._num_changes.get(kind, 0) + 1
+        return True
 
     async def drop_record(self, kind: str, key: str) -> None:
         """Make `key` absent now; absent already is fine."""

@@ -37,9 +37,9 @@ class EmbeddedHome:
         self._store = EmbeddedStore(config, WallClock())
         self._blocks = EmbeddedBlocks(config, WallClock())
 
-    async def store(self, method: str, *arguments: Any) -> Any:
+    async def store(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of the store."""
-        return await getattr(self._store, method)(*arguments)
+        return await getattr(self._store, method)(*arguments, **options)
 
     async def blocks(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of the store of blocks."""
@@ -105,9 +105,11 @@ class EmbeddedStoreClient:
         leases: dict[str, bytes] = await self._call("list_leases", kind)
         return leases
 
-    async def put_record(self, kind: str, key: str, value: bytes) -> None:
-        """Keep `value` under `key` until it is dropped; replaces."""
-        await self._call("put_record", kind, key, value)
+    async def put_record(
+        self, kind: str, key: str, value: bytes, *, if_absent: bool = False
+    ) -> bool:
+        """Keep `value` under `key` until it is dropped; return whether it is the one kept now."""
+        return bool(await self._call("put_record", kind, key, value, if_absent=if_absent))
 
     async def drop_record(self, kind: str, key: str) -> None:
         """Make `key` absent now; absent already is fine."""
@@ -138,9 +140,9 @@ class EmbeddedStoreClient:
     async def close(self) -> None:
         """Do nothing: the actor belongs to the cluster."""
 
-    async def _call(self, method: str, *arguments: object) -> Any:
+    async def _call(self, method: str, *arguments: object, **options: object) -> Any:
         call = self._actor.store.remote
-        return await _answered(call, self._timeout_s, method, *arguments)
+        return await _answered(call, self._timeout_s, method, *arguments, **options)
 
 
 class EmbeddedBlocksClient:

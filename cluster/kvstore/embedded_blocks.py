@@ -2,7 +2,8 @@
 
     blocks   key -> payload
     order    EvictionOrder: who makes room first
-    ends     | k7 12.5 s | k2 13.0 s | ...        of those that are not pinned, in order
+    ends     | k7 12.5 s | k2 13.0 s | ...        when each expires, in order
+    pins     | k2 11.0 s | ...                    when pins end, in order: a pin is a lease
 
 It answers at once and never raises `UnavailableError`: `embedded_actor.py` puts it into a process
 of its own, where a deadline has a meaning.
@@ -13,12 +14,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from cluster.clock import Clock
 from cluster.config import StoreConfig
 from cluster.kvstore.block_store import BlockStoreStats, Buffer, FetchedBlocks, nbytes
 from cluster.kvstore.budget import block_cost
 from cluster.kvstore.eviction import EvictionOrder
+
+_MAX_ENDED_PINS = 1024  # that one call looks at
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +61,28 @@ class EmbeddedBlocks:
         added: dict[bytes, _Place] = {}
         added_bytes = 0
         for position_of_key, (key, payload) in enumerate(blocks.items(), position):
-            uses, was_pinned = before[key]
             cost = block_cost(nbytes(payload))
             if cost > self._max_bytes - self._pinned_bytes - added_bytes:
+                self._pins.pop(key, None)
                 continue
             self._make_room(cost)
-            pins = (pinned or was_pinned) and self._may_pin(cost)
+            pins = (pinned or key in self._pins) and self._may_pin(cost)
             if pins:
                 self._pinned_bytes += cost
             else:
+                self._pins.pop(key, None)
                 added_bytes += cost
             self._used_bytes += cost
             self._blocks[key] = bytes(payload)
-            added[key] = _Place(uses + 1, position_of_key, pins)
+            added[key] = _Place(before[key] + 1, position_of_key, pins)
         # At the end only: the room that a block needs comes from others than this call's.
         for key, place in added.items():
-            self._place(key, place)
+            self._order.add(key, place.uses, place.position)
+            self._renew(key)
+            if place.is_pinned:
+                self._order.pin(key)
+            if place.is_pinned and pinned:
+                self._renew_pin(key)
         return [key in added for key in blocks]
 
     async def get_blocks(self, keys: Sequence[bytes]) -> FetchedBlocks:
@@ -100,9 +110,8 @@ class EmbeddedBlocks:
         """Let blocks be evicted again, as if just used; absent ones are fine."""
         self._end_old()
         for key in keys:
-            if key in self._blocks and self._order.is_pinned(key):
-                self._order.unpin(key)
-                self._pinned_bytes -= self._cost(key)
+            if key in self._pins:
+                self._unpin(key)
                 self._renew(key)
 
     async def hottest(self, prefix: bytes, limit: int) -> list[bytes]:
@@ -142,13 +151,16 @@ class EmbeddedBlocks:
         pinned = [key for key in self._blocks if self._order.is_pinned(key)]
         assert self._pinned_bytes == sum(map(self._cost, pinned)) <= self._max_bytes // 2
         assert len(self._order) == len(self._blocks)
-        assert set(self._ends) == set(self._blocks) - set(pinned)
-        assert list(self._ends.values()) == sorted(self._ends.values())
+        assert set(self._ends) == set(self._blocks)
+        assert set(self._pins) == set(pinned)
+        for ends in (self._ends, self._pins):
+            assert list(ends.values()) == sorted(ends.values())
 
     def _forget_all(self) -> None:
         self._blocks: dict[bytes, bytes] = {}
         self._order: EvictionOrder[bytes] = EvictionOrder()
         self._ends: OrderedDict[bytes, float] = OrderedDict()
+        self._pins: OrderedDict[bytes, float] = OrderedDict()
         self._used_bytes = 0
         self._pinned_bytes = 0
         self._num_evicted = 0
@@ -160,31 +172,28 @@ class EmbeddedBlocks:
         now_s = self._clock.now()
         while self._ends and next(iter(self._ends.values())) <= now_s:
             key = next(iter(self._ends))
-            self._order.remove(key)
-            self._drop(key)
+            self._take(key)
+            self._pins.pop(key, None)
+        for key in list(islice(self._pins, _MAX_ENDED_PINS)):
+            if self._pins[key] > now_s:
+                break
+            self._unpin(key)
 
-    def _take(self, key: bytes) -> tuple[int, bool]:
-        """Remove a block that is about to be replaced; return its uses, and if it is pinned."""
+    def _take(self, key: bytes) -> int:
+        """Remove a block if it is there, but not the end of its pin; return its uses."""
         if key not in self._blocks:
-            return 0, False
-        uses, is_pinned = self._order.uses(key), self._order.is_pinned(key)
-        if is_pinned:
+            return 0
+        if key in self._pins:
             self._pinned_bytes -= self._cost(key)
+        uses = self._order.uses(key)
         self._order.remove(key)
         self._drop(key)
-        return uses, is_pinned
+        return uses
 
     def _make_room(self, cost: int) -> None:
         while self._used_bytes + cost > self._max_bytes:
             self._drop(self._order.pop())
             self._num_evicted += 1
-
-    def _place(self, key: bytes, place: _Place) -> None:
-        self._order.add(key, place.uses, place.position)
-        if place.is_pinned:
-            self._order.pin(key)
-        else:
-            self._renew(key)
 
     def _may_pin(self, cost: int) -> bool:
         return 2 * (self._pinned_bytes + cost) <= self._max_bytes
@@ -192,7 +201,7 @@ class EmbeddedBlocks:
     def _drop(self, key: bytes) -> None:
         """Forget a block that is not in the order any more."""
         self._used_bytes -= self._cost(key)
-        self._ends.pop(key, None)
+        del self._ends[key]
         del self._blocks[key]
 
     def _renew(self, key: bytes) -> None:
@@ -202,12 +211,22 @@ class EmbeddedBlocks:
     def _use(self, key: bytes) -> None:
         if key in self._blocks:
             self._order.use(key)
-            if not self._order.is_pinned(key):
-                self._renew(key)
+            self._renew(key)
 
     def _pin(self, key: bytes) -> None:
         cost = self._cost(key)
-        if not self._order.is_pinned(key) and self._may_pin(cost):
+        if key not in self._pins:
+            if not self._may_pin(cost):
+                return
             self._order.pin(key)
             self._pinned_bytes += cost
-            del self._ends[key]
+        self._renew_pin(key)
+
+    def _renew_pin(self, key: bytes) -> None:
+        self._pins[key] = self._clock.now() + self._ttl_s
+        self._pins.move_to_end(key)
+
+    def _unpin(self, key: bytes) -> None:
+        self._order.unpin(key)
+        self._pinned_bytes -= self._cost(key)
+        del self._pins[key]

@@ -98,10 +98,12 @@ class GuardedStore:
         with self._guard.call():
             return await self._store.list_leases(kind)
 
-    async def put_record(self, kind: str, key: str, value: bytes) -> None:
-        """Keep `value` under `key` until it is dropped; replaces."""
+    async def put_record(
+        self, kind: str, key: str, value: bytes, *, if_absent: bool = False
+    ) -> bool:
+        """Keep `value` under `key` until it is dropped; return whether it is the one kept now."""
         with self._guard.call():
-            await self._store.put_record(kind, key, value)
+            return await self._store.put_record(kind, key, value, if_absent=if_absent)
 
     async def drop_record(self, kind: str, key: str) -> None:
         """Make `key` absent now; absent already is fine."""

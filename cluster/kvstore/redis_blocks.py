@@ -2,13 +2,15 @@
 
     {ns:s00}:v2:block:KEY      string, PX    a framed block (codec.py), KEY as in block_key.py
     {ns:s00}:v2:order          zset          blocks that may be evicted, by value (eviction.py)
-    {ns:s00}:v2:pinned         zset          blocks that may not
+    {ns:s00}:v2:pinned         zset          blocks that may not, by when that ends
     {ns:s00}:v2:books          hash          block -> cost, uses, position; '' -> their sums
+    {ns:s00}:v2:graves         list          indexes of the past, whose blocks are being dropped
 
 One server has one shard. In a cluster there are 16, each with its part of the budget, and a suffix
-in the tag that spreads them evenly over the slots; a block's hash says in which it lies. Scripts
-(redis_scripts.py) evict and count in the same atomic step that writes. Every operation but `flush`
-and `hottest` is one round trip with one deadline, nothing is retried.
+in the tag that spreads them evenly over the slots; a block's hash says in which it lies. What lies
+in shards of a server that failed is missing; a call fails where all that it asked did. Scripts
+(redis_block_scripts.py) evict and count in the same atomic step that writes. Every operation but
+`flush` and `hottest` is one round trip with one deadline, nothing is retried.
 """
 
 from __future__ import annotations
@@ -19,16 +21,14 @@ from typing import Any
 
 from redis.crc import key_slot
 
+from cluster.clock import WallClock
 from cluster.config import StoreConfig
+from cluster.errors import UnavailableError
 from cluster.kvstore.block_key import hash_of_key
 from cluster.kvstore.block_store import BlockStoreStats, Buffer, FetchedBlocks, nbytes
 from cluster.kvstore.budget import block_cost
 from cluster.kvstore.codec import Frame, encode_block, open_frame
-from cluster.kvstore.redis_connection import Command
-from cluster.kvstore.redis_link import Batch, RedisLink, RedisMemoryError
-from cluster.kvstore.redis_replies import OnValue
-from cluster.kvstore.redis_route import NUM_SLOTS
-from cluster.kvstore.redis_scripts import (
+from cluster.kvstore.redis_block_scripts import (
     ADMIT_BLOCKS,
     BLOCK_STATS,
     FLUSH_BLOCKS,
@@ -36,6 +36,10 @@ from cluster.kvstore.redis_scripts import (
     TOUCH_BLOCKS,
     UNPIN_BLOCKS,
 )
+from cluster.kvstore.redis_connection import Command
+from cluster.kvstore.redis_link import Batch, RedisLink, RedisMemoryError
+from cluster.kvstore.redis_replies import OnValue
+from cluster.kvstore.redis_route import NUM_SLOTS
 from cluster.kvstore.redis_url import parse_redis_url
 
 NUM_CLUSTER_SHARDS = 16
@@ -54,7 +58,7 @@ class _Shard:
         return self.prefix + b"block:" + key
 
     def script(self, text: str, *arguments: Any) -> Command:
-        keys = (self.prefix + b"order", self.prefix + b"pinned", self.prefix + b"books")
+        keys = [self.prefix + name for name in (b"order", b"pinned", b"books", b"graves")]
         return ("EVAL", text, len(keys), *keys, self.block(b""), *arguments)
 
 
@@ -71,7 +75,8 @@ class RedisBlocks:
     def __init__(self, config: StoreConfig) -> None:
         self._config = config
         field = "store.kv_url" if config.kv_url else "store.url"
-        self._link = RedisLink(parse_redis_url(config.resolved_kv_url, field), config.timeout_s)
+        target = parse_redis_url(config.resolved_kv_url, field)
+        self._link = RedisLink(target, config.timeout_s, WallClock())
         num_shards = NUM_CLUSTER_SHARDS if self._link.is_cluster else 1
         self._shards = [
             _Shard(_shard_tag(config.namespace, shard, num_shards).encode() + b":v2:")
@@ -106,16 +111,20 @@ class RedisBlocks:
             batches.append(Batch(shard.prefix, commands, is_atomic=True))
             keys_of_batches.append(keys)
         try:
-            replies = await self._link.run("put_blocks", *batches)
+            outcomes = await self._link.run_some("put_blocks", *batches)
         except RedisMemoryError:
             await self._shrink(sum(map(_cost, blocks.values())))
             raise
-        stored = {
-            key: bool(is_stored)
-            for keys, (*_, flags) in zip(keys_of_batches, replies, strict=True)
-            for key, is_stored in zip(keys, flags, strict=True)
-        }
-        return [stored[key] for key in blocks]
+        stored: dict[bytes, bool] = {}
+        refused: list[bytes] = []
+        for keys, outcome in zip(keys_of_batches, outcomes, strict=True):
+            if isinstance(outcome, RedisMemoryError):
+                refused += keys
+            elif not isinstance(outcome, UnavailableError):
+                stored |= zip(keys, map(bool, outcome[-1]), strict=True)
+        if refused:
+            await self._shrink(sum(_cost(blocks[key]) for key in refused))
+        return [stored.get(key, False) for key in blocks]
 
     async def get_blocks(self, keys: Sequence[bytes]) -> FetchedBlocks:
         """Return the bytes of each block, bit-exact, and count this as a use of those found."""
@@ -136,14 +145,14 @@ class RedisBlocks:
             keys,
             lambda shard, keys: [("EXISTS", shard.block(key)) for key in keys],
         )
-        return [bool(found[key]) for key in keys]
+        return [bool(found.get(key)) for key in keys]
 
     async def touch_blocks(self, keys: Sequence[bytes], *, pinned: bool = False) -> list[bool]:
         """Return which blocks are present, and count a use of them: value and TTL are renewed."""
         found = await self._ask(
             "touch_blocks", keys, lambda shard, keys: self._touches(shard, keys, int(pinned))
         )
-        return [bool(found[key]) for key in keys]
+        return [bool(found.get(key)) for key in keys]
 
     async def unpin_blocks(self, keys: Sequence[bytes]) -> None:
         """Let blocks be evicted again, as if just used; absent ones are fine."""
@@ -154,7 +163,7 @@ class RedisBlocks:
             )
             for shard, shard_keys in self._by_shard(dict.fromkeys(keys))
         ]
-        await self._link.run("unpin_blocks", *batches)
+        await self._link.run_some("unpin_blocks", *batches)
 
     async def hottest(self, prefix: bytes, limit: int) -> list[bytes]:
         """Return at most `limit` keys that begin with `prefix`: pinned ones, then by value."""
@@ -173,27 +182,23 @@ class RedisBlocks:
         for shard in self._shards:
             batch = Batch(shard.prefix, [shard.script(FLUSH_BLOCKS, *self._books, _PAGE_BLOCKS)])
             while True:
-                ((dropped,),) = await self._link.run("flush", batch)
+                (((dropped, has_more),),) = await self._link.run("flush", batch)
                 num_dropped += dropped
-                if dropped < _PAGE_BLOCKS:
+                if not has_more:
                     break
         return num_dropped
 
     async def stats(self) -> BlockStoreStats:
         """Return the books, the sums over all shards."""
         batches = [Batch(shard.prefix, [shard.script(BLOCK_STATS)]) for shard in self._shards]
-        used = blocks = pinned = evicted = 0
-        for ((sums, num_blocks, num_pinned),) in await self._link.run("stats", *batches):
-            used_bytes, _, _, num_evicted = sums.split()
-            used += int(used_bytes)
-            evicted += int(num_evicted)
-            blocks += num_blocks
-            pinned += num_pinned
+        rows = [row for (row,) in await self._link.run("stats", *batches)]
+        used, blocks, pinned, evicted = (sum(column) for column in zip(*rows, strict=True))
         return BlockStoreStats(used, self._config.max_bytes, blocks, pinned, evicted)
 
     async def ping(self) -> None:
-        """Return if every server with a shard answers."""
-        await self._link.run("ping", *(Batch(shard.prefix, [("PING",)]) for shard in self._shards))
+        """Return if a server with a shard answers."""
+        batches = [Batch(shard.prefix, [("PING",)]) for shard in self._shards]
+        await self._link.run_some("ping", *batches)
 
     async def close(self) -> None:
         """Close the connections; what is stored stays."""
@@ -215,12 +220,15 @@ class RedisBlocks:
         commands_of: Callable[[_Shard, list[bytes]], list[Command]],
         on_value: OnValue | None = None,
     ) -> dict[bytes, Any]:
-        """Return what the commands of each shard reply first, a value per key."""
+        """Return what the commands of each shard reply first, a value per key; none for keys of
+        shards whose server failed."""
         groups = self._by_shard(dict.fromkeys(keys))
         batches = [Batch(shard.prefix, commands_of(shard, group)) for shard, group in groups]
         found: dict[bytes, Any] = {}
-        replies = await self._link.run(name, *batches, on_value=on_value)
-        for (_, group), answers in zip(groups, replies, strict=True):
+        outcomes = await self._link.run_some(name, *batches, on_value=on_value)
+        for (_, group), answers in zip(groups, outcomes, strict=True):
+            if isinstance(answers, UnavailableError):
+                continue
             flat = [
                 value
                 for answer in answers
@@ -249,7 +257,7 @@ class RedisBlocks:
         sizes = [frame.payload.nbytes for frame in found]
         self._largest_bytes = max(self._largest_bytes, *sizes, 0)
         num_corrupt = len(found) - sum(value is not None for value in values.values())
-        return FetchedBlocks([values[key] for key in keys], num_corrupt)
+        return FetchedBlocks([values.get(key) for key in keys], num_corrupt)
 
     async def _highest(
         self, shard: _Shard, index: str, prefix: bytes, limit: int
@@ -269,7 +277,7 @@ class RedisBlocks:
 
     async def _shrink(self, num_bytes: int) -> None:
         share = num_bytes // len(self._shards) + 1
-        await self._link.run(
+        await self._link.run_some(
             "shrink",
             *(
                 Batch(shard.prefix, [shard.script(SHRINK, *self._books, share)])

@@ -7,7 +7,7 @@ received by `ReplyReader` where they stay. Commands are packed by hiredis.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hiredis
@@ -60,6 +60,10 @@ class RedisConnection:
         """Whether the server has not closed it."""
         return not self._reader.is_lost and not self._transport.is_closing()
 
+    def when_lost(self, on_lost: Callable[[], None] | None) -> None:
+        """Have something called when the server closes it; None: nothing any more."""
+        self._reader.on_lost = on_lost
+
     async def exchange(
         self, commands: Sequence[Command], on_value: OnValue | None = None
     ) -> list[Any]:
@@ -81,14 +85,6 @@ class RedisConnection:
     def abort(self) -> None:
         """Close it at once; what is on its way is lost."""
         self._transport.abort()
-        self._forget()
-
-    async def close(self) -> None:
-        """Close it."""
-        self._transport.close()
-        self._forget()
-
-    def _forget(self) -> None:
         # Its streams are closed with the transport; redis-py would warn that nobody closed them.
         self._connection._reader = self._connection._writer = None
 

@@ -34,6 +34,7 @@ class ReplyReader(asyncio.BufferedProtocol):
 
     def __init__(self) -> None:
         self.is_lost = False
+        self.on_lost: Callable[[], None] | None = None  # called once, when the connection is lost
         self._transport: asyncio.Transport | None = None
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._start = 0  # of what is not parsed yet
@@ -99,6 +100,9 @@ class ReplyReader(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End what is waited for."""
         self._lose(RedisConnectionError(str(exc) if exc else "closed by the server"))
+        on_lost, self.on_lost = self.on_lost, None
+        if on_lost is not None:
+            on_lost()
 
     def _lose(self, error: Exception) -> None:
         self.is_lost = True

@@ -27,6 +27,11 @@ Ask = Callable[[Address | None, tuple[str, ...]], Awaitable[Any]]
 class Route(Protocol):
     """Finds servers; belongs to one event loop."""
 
+    @property
+    def servers(self) -> frozenset[Address | None]:
+        """Those that keys were last seen on; empty before the first answer."""
+        ...
+
     async def find(self, keys: Sequence[bytes]) -> list[Address | None]:
         """Return the server of each key; None: the one behind a socket's path.
 
@@ -45,6 +50,11 @@ class FixedRoute:
 
     def __init__(self, address: Address | None) -> None:
         self._address = address
+
+    @property
+    def servers(self) -> frozenset[Address | None]:
+        """The server."""
+        return frozenset([self._address])
 
     async def find(self, keys: Sequence[bytes]) -> list[Address | None]:
         """Return the server, once per key."""
@@ -72,6 +82,12 @@ class SentinelRoute:
         self._ask = ask
         self._timeout_s = timeout_s
         self._master: Address | None = None
+        self._servers: frozenset[Address | None] = frozenset()
+
+    @property
+    def servers(self) -> frozenset[Address | None]:
+        """The master that was named last."""
+        return self._servers
 
     async def find(self, keys: Sequence[bytes]) -> list[Address | None]:
         """Return the master, once per key."""
@@ -94,6 +110,7 @@ class SentinelRoute:
             if found:
                 self._sentinels.sort(key=lambda other: other != sentinel)
                 self._master = (found[0].decode(), int(found[1]))
+                self._servers = frozenset([self._master])
                 return self._master
         raise RedisConnectionError(
             f"none of {len(self._sentinels)} sentinels knows a master of {self._service}"
@@ -117,10 +134,16 @@ class ClusterRoute:
 
     def __init__(self, nodes: Sequence[Address], ask: Ask, timeout_s: float) -> None:
         self._seeds = tuple(nodes)
-        self._known = list(nodes)  # the nodes of the last answer come first
+        self._known = list(nodes)  # to ask, in this order
         self._ask = ask
         self._timeout_s = timeout_s
         self._ranges: list[_Range] = []  # ascending
+        self._servers: frozenset[Address | None] = frozenset()
+
+    @property
+    def servers(self) -> frozenset[Address | None]:
+        """The nodes of the last answer."""
+        return self._servers
 
     async def find(self, keys: Sequence[bytes]) -> list[Address | None]:
         """Return the node of each key."""
@@ -156,5 +179,8 @@ class ClusterRoute:
             node = (host.decode() if host else asked[0], int(port))
             ranges.append(_Range(int(first), int(last), node))
         self._ranges = sorted(ranges)
-        self._known = list(dict.fromkeys([*(a_range.node for a_range in ranges), *self._seeds]))
+        self._servers = frozenset(a_range.node for a_range in ranges)
+        # The one that answered comes first: a silent one would cost its share of every question.
+        nodes = [asked, *(a_range.node for a_range in ranges), *self._seeds]
+        self._known = list(dict.fromkeys(nodes))
         return self._ranges

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from cluster.clock import WallClock
 from cluster.config import StoreConfig
 from cluster.errors import OverloadedError
 from cluster.kvstore.redis_connection import Command
@@ -45,7 +46,7 @@ class RedisStore:
         self._config = config
         self._prefix = f"{{{config.namespace}}}:v2:"
         target = parse_redis_url(config.resolved_url, "store.url")
-        self._link = RedisLink(target, config.timeout_s)
+        self._link = RedisLink(target, config.timeout_s, WallClock())
 
     async def put_lease(self, kind: str, key: str, value: bytes, ttl_s: float) -> None:
         """Make `key` present for `ttl_s` seconds, with `value`; renews and replaces."""
@@ -63,18 +64,22 @@ class RedisStore:
         (flat,) = await self._run("list_leases", ("EVAL", LIST_LEASES, 1, *arguments))
         return _pairs(flat)
 
-    async def put_record(self, kind: str, key: str, value: bytes) -> None:
-        """Keep `value` under `key` until it is dropped; replaces.
+    async def put_record(
+        self, kind: str, key: str, value: bytes, *, if_absent: bool = False
+    ) -> bool:
+        """Keep `value` under `key` until it is dropped; return whether it is the one kept now.
 
         Raises:
             InvalidArgumentError: The value is too long.
             OverloadedError: There are too many.
         """
         check_record(kind, key, value)
-        arguments = (self._records(kind), key, value, uuid.uuid4().hex, MAX_RECORDS)
-        (is_stored,) = await self._run("put_record", ("EVAL", PUT_RECORD, 1, *arguments))
-        if not is_stored:
+        limits = (MAX_RECORDS, int(if_absent))
+        arguments = (self._records(kind), key, value, uuid.uuid4().hex, *limits)
+        (outcome,) = await self._run("put_record", ("EVAL", PUT_RECORD, 1, *arguments))
+        if outcome == b"full":
             raise OverloadedError(too_many_records(kind))
+        return bool(outcome == b"kept")
 
     async def drop_record(self, kind: str, key: str) -> None:
         """Make `key` absent now; absent already is fine."""

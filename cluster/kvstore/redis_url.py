@@ -77,6 +77,9 @@ def parse_redis_url(url: str, config_field: str) -> RedisTarget:
 
 def _parse(url: str) -> RedisTarget:
     parts = urlsplit(url)
+    # A password with a raw "#", "/" or "?" ends the host early: its beginning would be the port.
+    if "#" in url or "@" in parts.path + parts.query:
+        raise ValueError("not percent-encoded")
     scheme, _, kind_name = parts.scheme.partition("+")
     kind = RedisKind(kind_name)
     credentials, at, hosts = parts.netloc.rpartition("@")

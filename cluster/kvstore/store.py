@@ -46,8 +46,16 @@ class Store(Protocol):
         """Return the live leases of a kind, ordered by key."""
         ...
 
-    async def put_record(self, kind: str, key: str, value: bytes) -> None:
-        """Keep `value` under `key` until it is dropped; replaces.
+    async def put_record(
+        self, kind: str, key: str, value: bytes, *, if_absent: bool = False
+    ) -> bool:
+        """Keep `value` under `key` until it is dropped; return whether it is the one kept now.
+
+        Args:
+            kind: Without a colon.
+            key: Not empty.
+            value: Replaces what is there.
+            if_absent: It replaces nothing: another value stays, and the answer is False.
 
         Raises:
             InvalidArgumentError: The value has more than `MAX_RECORD_BYTES`.

@@ -28,6 +28,7 @@ class Prefix:
     num_blocks: int  # full ones: what is shared
     num_stored_blocks: int  # of these in the store, from the first one on
     registered_at_s: float  # since 1970
+    tenant: str = ""  # whose it is; empty where there were no tenants
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +142,25 @@ def inspect_request(
     return message
 
 
-def remove_request(name: str) -> cache_pb2.RemovePrefixRequest:
-    """Return the message that forgets a prefix.
+def list_request(tenant: str | None) -> cache_pb2.ListPrefixesRequest:
+    """Return the message that asks for prefixes; None is the caller's own.
+
+    Raises:
+        InvalidArgumentError: It cannot be written down.
+    """
+    check_text("tenant", tenant or "")
+    return cache_pb2.ListPrefixesRequest(tenant=tenant)
+
+
+def remove_request(name: str, tenant: str | None = None) -> cache_pb2.RemovePrefixRequest:
+    """Return the message that forgets a prefix; the tenant None is the caller.
 
     Raises:
         InvalidArgumentError: It cannot be written down.
     """
     check_text("name", name)
-    return cache_pb2.RemovePrefixRequest(name=name)
+    check_text("tenant", tenant or "")
+    return cache_pb2.RemovePrefixRequest(name=name, tenant=tenant)
 
 
 def check_text(field: str, value: str) -> None:
@@ -169,7 +181,7 @@ def prefix_from_proto(message: cache_pb2.Prefix) -> Prefix:
 
 
 def prefixes_from_proto(message: cache_pb2.ListPrefixesResponse) -> list[Prefix]:
-    """Return the prefixes, by name."""
+    """Return the prefixes, by tenant and name."""
     return [prefix_from_proto(prefix) for prefix in message.prefixes]
 
 

@@ -80,15 +80,15 @@ def register_prefix(
     )
 
 
-def list_prefixes() -> Query[list[Prefix]]:
-    """Ask for the caller's prefixes."""
-    request = cache_pb2.ListPrefixesRequest()
+def list_prefixes(tenant: str | None) -> Query[list[Prefix]]:
+    """Ask for the prefixes of a tenant, of the caller, or of "*"."""
+    request = public_cache.list_request(tenant)
     return Query("ListPrefixes", request, public_cache.prefixes_from_proto)
 
 
-def remove_prefix(name: str) -> Query[None]:
+def remove_prefix(name: str, tenant: str | None) -> Query[None]:
     """Forget a prefix."""
-    return Query("RemovePrefix", public_cache.remove_request(name), lambda answer: None)
+    return Query("RemovePrefix", public_cache.remove_request(name, tenant), lambda answer: None)
 
 
 def cache_stats() -> Query[CacheBooks]:

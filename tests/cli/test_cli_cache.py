@@ -75,7 +75,10 @@ def test_prefix_is_added_listed_used_and_removed(ask: Any, gateway: Any, tmp_pat
     assert len(asked) == answer["usage"]["prompt_tokens"]
     found = ask("cache", "inspect", "--prefix", "system", "--json")
     assert found["num_tokens"] == added["num_tokens"]
-    assert ask("prefix", "remove", "system") == "removed system\n"
+    assert ask("prefix", "list", "--tenant", "*", "--json") == {"prefixes": [added]}
+    assert ask("prefix", "list", "--tenant", "nobody", "--json") == {"prefixes": []}
+    assert "not registered" in run("prefix", "remove", "system", "--tenant", "nobody").stderr
+    assert ask("prefix", "remove", "system", "--tenant", "") == "removed system\n"
     gone = run("generate", "Hi", "--prefix", "system")
     assert (gone.exit_code, gone.stdout) == (1, "")
     assert "'system' is not registered" in gone.stderr

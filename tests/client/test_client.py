@@ -208,7 +208,9 @@ class _Cache(cache_pb2_grpc.CacheServicer):
 
     def ListPrefixes(self, request: Any, context: Any) -> Any:
         self._keep(request, context)
-        return cache_pb2.ListPrefixesResponse(prefixes=[cache_pb2.Prefix(name="a", num_blocks=3)])
+        return cache_pb2.ListPrefixesResponse(
+            prefixes=[cache_pb2.Prefix(name="a", num_blocks=3, tenant="t")]
+        )
 
     def RemovePrefix(self, request: Any, context: Any) -> Any:
         self._keep(request, context)
@@ -248,7 +250,10 @@ def _ask_all(client: Any) -> list[Any]:
         client.register_prefix("a", "x", model="m"),
         client.register_prefix("b", token_ids=[1, 2]),
         client.list_prefixes(),
+        client.list_prefixes(tenant="*"),
+        client.list_prefixes(tenant=""),
         client.remove_prefix("a"),
+        client.remove_prefix("a", tenant="gone"),
         client.cache_stats(),
         client.flush_cache(store=True),
         client.inspect_cache("y", prefix="a"),
@@ -272,8 +277,8 @@ def test_cache_service_is_asked_and_read(cache_server: tuple[str, _Cache], is_as
     assert answers == [
         Prefix("a", "m", 2, 0, 0, 0.0),
         Prefix("b", "m", 2, 0, 0, 0.0),
-        [Prefix("a", "", 0, 3, 0, 0.0)],
-        None,
+        *[[Prefix("a", "", 0, 3, 0, 0.0, "t")]] * 3,
+        *[None] * 2,
         CacheBooks(
             None,
             "away",
@@ -287,7 +292,10 @@ def test_cache_service_is_asked_and_read(cache_server: tuple[str, _Cache], is_as
         cache_pb2.RegisterPrefixRequest(name="a", text="x", model="m"),
         cache_pb2.RegisterPrefixRequest(name="b", token_ids=pb.TokenIds(ids=[1, 2])),
         cache_pb2.ListPrefixesRequest(),
+        cache_pb2.ListPrefixesRequest(tenant="*"),
+        cache_pb2.ListPrefixesRequest(tenant=""),
         cache_pb2.RemovePrefixRequest(name="a"),
+        cache_pb2.RemovePrefixRequest(name="a", tenant="gone"),
         cache_pb2.CacheStatsRequest(),
         cache_pb2.FlushCacheRequest(store=True),
         cache_pb2.InspectCacheRequest(text="y", prefix="a"),

@@ -212,8 +212,8 @@ async def eventually(condition: Any, timeout_s: float = 10.0) -> None:
 async def stage(*leaders: FakeLeader, **gateway: Any) -> AsyncIterator[Stage]:
     """Run a gateway in front of leaders; what a test left running is ended."""
     block_store = gateway.pop("block_store", None)
-    replica, auth = gateway.pop("replica", {}), gateway.pop("auth", {})
-    config = parse_config({"gateway": {"port": 0, **gateway}, "replica": replica, "auth": auth})
+    sections = {name: gateway.pop(name, {}) for name in ("replica", "auth", "cache")}
+    config = parse_config({"gateway": {"port": 0, **gateway}, **sections})
     running = Stage(config, block_store)
     running.port = await running.server.start()
     try:

@@ -30,6 +30,7 @@ class Flaky:
     def __init__(self, store: Any) -> None:
         self._store = store
         self.is_down = False
+        self.reason = "the store does not answer"
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -39,7 +40,7 @@ class Flaky:
             self.calls.append(name)
             await asyncio.sleep(0)
             if self.is_down:
-                raise UnavailableError("the store does not answer")
+                raise UnavailableError(self.reason)
             return await method(*args, **options)
 
         return call
@@ -59,7 +60,7 @@ def record(
     token_ids: tuple[int, ...] = TOKENS,
     model: str = MODEL,
 ) -> PrefixRecord:
-    return PrefixRecord(tenant, name, model, token_ids, 1.0)
+    return PrefixRecord.of(tenant, name, model, token_ids, 1.0)
 
 
 def keys_of(

@@ -11,7 +11,7 @@ import pytest
 from gateway_fakes import FINGERPRINT, FakeLeader, Stage, eventually, stage
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from prefix_fakes import TOKENS, StoringLeader, flaky_blocks, keys_of
+from prefix_fakes import TOKENS, StoringLeader, flaky_blocks, keys_of, record
 from tenant_files import KEYS, auth_config
 
 from cluster.client import AsyncClient
@@ -258,6 +258,51 @@ async def test_tenants_share_neither_names_nor_blocks(tmp_path: Path) -> None:
             assert (await root.flush_cache(store=True)).num_store_blocks == 3
 
 
+async def test_administrator_lists_and_removes_prefixes_of_tenants_that_are_gone(
+    tmp_path: Path,
+) -> None:
+    auth = auth_config(tmp_path)
+    async with stage(FakeLeader(), auth=auth.model_dump()) as running:
+        alice, carol, root = (
+            AsyncClient(running.address, api_key=KEYS[name]) for name in ("alice", "carol", "root")
+        )
+        async with alice, carol, root:
+            await running.server._prefixes.put(record("left", tenant="gone"))
+            await running.server._prefixes.put(record("unnamed", tenant=""))
+            own = await carol.register_prefix("own", token_ids=TOKENS)
+            assert await carol.list_prefixes(tenant="carol") == [own]
+            for owner in ("alice", "gone", "*", ""):
+                with pytest.raises(PermissionDeniedError, match="'carol' is no administrator"):
+                    await carol.list_prefixes(tenant=owner)
+                with pytest.raises(PermissionDeniedError):
+                    await carol.remove_prefix("left", tenant=owner)
+            assert await root.list_prefixes() == []
+            listed = await root.list_prefixes(tenant="*")
+            assert [(p.tenant, p.name) for p in listed] == [
+                ("", "unnamed"),
+                ("carol", "own"),
+                ("gone", "left"),
+            ]
+            await root.remove_prefix("left", tenant="gone")
+            await root.remove_prefix("unnamed", tenant="")
+            assert await root.list_prefixes(tenant="gone") == []
+            with pytest.raises(NotFoundError):
+                await root.remove_prefix("own")
+            assert await root.list_prefixes(tenant="*") == [own]
+
+
+async def test_tenant_is_not_told_what_the_store_says_of_itself(tmp_path: Path) -> None:
+    auth, blocks = auth_config(tmp_path), flaky_blocks()
+    blocks.is_down, blocks.reason = True, "redis 10.0.0.7:6379: NOPERM user sluice"
+    async with stage(FakeLeader(), block_store=blocks, auth=auth.model_dump()) as running:
+        carol, root = (AsyncClient(running.address, api_key=KEYS[n]) for n in ("carol", "root"))
+        async with carol, root:
+            told = [await caller.inspect_cache(token_ids=TOKENS) for caller in (carol, root)]
+            errors = [answer.store_error for answer in told]
+            assert errors == ["the store does not answer", blocks.reason]
+            assert (await root.cache_stats()).store_error == blocks.reason
+
+
 async def test_every_method_asks_who_calls(tmp_path: Path) -> None:
     auth = auth_config(tmp_path).model_dump()
     async with (
@@ -343,6 +388,20 @@ def _field(error: grpc.aio.AioRpcError) -> str:
     for detail in status.details:
         detail.Unpack(violation)
     return violation.field_violations[0].field if violation.field_violations else ""
+
+
+@pytest.mark.parametrize("cache", [{"host_memory_bytes": 0}, {"prefix_caching": False}])
+async def test_registering_does_not_wait_for_what_replicas_never_write(
+    cache: dict[str, Any],
+) -> None:
+    blocks = flaky_blocks()
+    async with (
+        stage(FakeLeader(), block_store=blocks, cache=cache) as running,
+        AsyncClient(running.address) as client,
+    ):
+        prefix = await client.register_prefix("system", token_ids=TOKENS)
+    assert (prefix.num_blocks, prefix.num_stored_blocks) == (3, 0)
+    assert blocks.calls.count("has_blocks") == 1
 
 
 async def test_registering_waits_no_longer_than_its_deadline() -> None:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 import socket
+from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from gateway_fakes import eventually
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.gateway.fleet_metrics import FleetCollector
@@ -209,3 +211,40 @@ async def test_clients_that_say_nothing_do_not_take_the_place_of_others(
                 await reader.readexactly(1)
         assert (await _get(port, "GET /metrics HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 200 OK"
     await server.stop()
+
+
+def _num_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.integration
+async def test_clients_that_do_not_read_hold_a_bounded_number_of_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.gateway.metrics_server._TIMEOUT_S", 1.0)
+    registry = CollectorRegistry()
+    Gauge("sluice_wide", "Less than a stream holds.", ["label"], registry=registry).labels(
+        "x" * 60_000
+    )
+    server = MetricsServer(registry)
+    port = await server.start("127.0.0.1", 0)
+    assert port
+    assert server._server
+    server._server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    clients = [socket.socket() for _ in range(40)]
+    num_before = _num_files()
+    most = 0
+    try:
+        for client in clients:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.send(b"GET /metrics HTTP/1.1\r\n\r\n")
+            await asyncio.sleep(0.01)
+            most = max(most, _num_files() - num_before)
+        assert 0 < most <= 17, "one more may just be refused"
+        await eventually(lambda: _num_files() == num_before)
+        assert (await _get(port, "GET /metrics HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 200 OK"
+    finally:
+        for client in clients:
+            client.close()
+        await server.stop()

@@ -11,16 +11,19 @@ from hypothesis import strategies as st
 
 from cluster.gateway.prefix_record import PrefixRecord, decode_record, encode_record, record_key
 
-RECORD = PrefixRecord("alice", "system", "sluice-demo", (1, 2, 4095, 2**32 - 1), 12.5)
+RECORD = PrefixRecord.of("alice", "system", "sluice-demo", (1, 2, 4095, 2**32 - 1), 12.5)
 KEY = record_key("alice", "system")
 
 
 def test_record_survives_the_store() -> None:
-    assert decode_record(KEY, encode_record(RECORD)) == RECORD
+    read = decode_record(KEY, encode_record(RECORD))
+    assert read == RECORD
+    assert read.token_ids == (1, 2, 4095, 2**32 - 1)
+    assert read.num_tokens == 4
 
 
 def test_record_takes_four_bytes_per_token() -> None:
-    long = replace(RECORD, token_ids=(1,) * 10_000)
+    long = replace(RECORD, packed_tokens=bytes(4) * 10_000)
     assert len(encode_record(long)) - len(encode_record(RECORD)) <= 4 * 10_000
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +18,12 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.gateway.identity import Caller
-from cluster.gateway.prefix_record import PREFIX_RECORDS, encode_record, record_key
+from cluster.gateway.prefix_record import (
+    PREFIX_RECORDS,
+    PrefixRecord,
+    encode_record,
+    record_key,
+)
 from cluster.gateway.prefixes import Prefixes
 
 ALICE, BOB = Caller("alice", b"a", False), Caller("bob", b"b", False)
@@ -66,28 +72,36 @@ async def test_registering_something_else_is_refused(changed: dict[str, Any]) ->
     assert await prefixes.tokens_of(ALICE, "system", "") == TOKENS
 
 
+class Racing:
+    """A store where another gateway registers `record` right before this one writes it."""
+
+    def __init__(self, store: Any, record: PrefixRecord) -> None:
+        self._store = store
+        self._key = record_key(record.tenant, record.name)
+        self._value = encode_record(record)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def put_record(self, kind: str, key: str, value: bytes, **options: Any) -> Any:
+        if key == self._key:
+            await self._store.put_record(kind, key, self._value)
+        return await self._store.put_record(kind, key, value, **options)
+
+
 async def test_who_loses_a_race_for_a_name_is_told() -> None:
-    class Racing:
-        """Lets another gateway write right after this one."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(store, name)
-
-        async def put_record(self, kind: str, key: str, value: bytes) -> None:
-            await store.put_record(kind, key, value)
-            if key != "epoch":
-                await store.put_record(kind, key, encode_record(record(token_ids=(9,))))
-
     store = flaky_store()
-    with pytest.raises(AlreadyExistsError):
-        await _prefixes(Racing()).put(record())
+    racing = _prefixes(Racing(store, record(token_ids=(9,))))
+    with pytest.raises(AlreadyExistsError, match="another prefix of 1 tokens"):
+        await racing.put(record())
+    assert await _prefixes(store).tokens_of(ALICE, "system", "") == (9,)
 
 
 async def test_no_more_prefixes_than_the_limit() -> None:
     prefixes = _prefixes(flaky_store(), max_prefixes=2)
     await prefixes.put(record("a"))
     await prefixes.put(record("b", tenant="bob"))
-    with pytest.raises(OverloadedError, match=r"gateway\.max_prefixes=2"):
+    with pytest.raises(OverloadedError, match=r"limit=2 \(gateway\.max_prefixes\)"):
         await prefixes.put(record("c"))
     await prefixes.remove("alice", "a")
     await prefixes.put(record("c"))
@@ -174,6 +188,71 @@ async def test_emptied_store_gets_its_prefixes_back() -> None:
         assert [known.name for known in prefixes.records] == ["b"]
 
 
+async def _emptied_with(*others: PrefixRecord) -> tuple[Any, Prefixes]:
+    """Return a store that lost a gateway's prefix "one" and got others, and the gateway."""
+    store = flaky_store()
+    mine, other = _prefixes(store), _prefixes(store)
+    await mine.put(record("one"))
+    await _empty(store)
+    for registered in others:
+        await other.put(registered)
+    return store, mine
+
+
+async def test_what_others_registered_in_an_emptied_store_is_found_at_once() -> None:
+    _, mine = await _emptied_with(record("two"))
+    assert (await mine.find("alice", "two")).name == "two"
+    assert (await mine.find("alice", "one")).name == "one"
+
+
+@pytest.mark.parametrize("name", ["two", "one"])
+async def test_what_others_registered_in_an_emptied_store_is_not_overwritten(name: str) -> None:
+    others = (7, 8, 9)
+    store, mine = await _emptied_with(record(name, token_ids=others))
+    with pytest.raises(AlreadyExistsError):
+        await mine.put(record(name))
+    for prefixes in (mine, _prefixes(store)):
+        assert (await prefixes.find("alice", name)).token_ids == others
+
+
+async def test_what_is_put_back_replaces_nothing_that_another_registered_meanwhile() -> None:
+    store = flaky_store()
+    mine = _prefixes(store)
+    await mine.put(record())
+    await _empty(store)
+    mine._store = Racing(store, record(token_ids=(9,)))
+    await mine.refresh()
+    for prefixes in (mine, _prefixes(store)):
+        assert await prefixes.tokens_of(ALICE, "system", "") == (9,)
+
+
+async def test_store_emptied_again_while_it_is_filled_loses_nothing() -> None:
+    class Emptied:
+        """Is emptied right after each prefix that is put back, while it may."""
+
+        is_emptied = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        async def put_record(self, *args: Any, **options: Any) -> Any:
+            result = await store.put_record(*args, **options)
+            if self.is_emptied:
+                await _empty(store)
+            return result
+
+    store, front = flaky_store(), Emptied()
+    prefixes = _prefixes(front)
+    await prefixes.put(record())
+    front.is_emptied = True
+    await _empty(store)
+    with pytest.raises(UnavailableError, match="emptied while"):
+        await prefixes.refresh()
+    front.is_emptied = False
+    await prefixes.refresh()
+    assert (await _prefixes(store).find("alice", "system")).token_ids == TOKENS
+
+
 async def test_last_prefix_that_is_removed_stays_removed() -> None:
     store = flaky_store()
     mine, other = _prefixes(store), _prefixes(store)
@@ -183,6 +262,68 @@ async def test_last_prefix_that_is_removed_stays_removed() -> None:
     for prefixes in (other, mine, other):
         await prefixes.refresh()
         assert prefixes.records == []
+
+
+async def test_known_prefix_is_removed_where_the_others_cannot_be_read() -> None:
+    class TooLarge:
+        """Misses its deadline with whatever is large."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        async def list_records(self, *args: Any) -> Any:
+            raise UnavailableError("deadline")
+
+    store = flaky_store()
+    mine, other = _prefixes(store), _prefixes(store)
+    await mine.put(record("known"))
+    await other.put(record("unseen"))
+    mine._store = TooLarge()
+    removed = await mine.remove("alice", "known")
+    assert removed is not None
+    assert removed.name == "known"
+    assert await mine.remove("alice", "unseen") is None
+    await other.refresh()
+    assert other.records == []
+
+
+async def test_client_is_told_nothing_of_what_the_store_says_of_itself(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Talkative:
+        def __getattr__(self, name: str) -> Any:
+            async def call(*args: Any, **options: Any) -> Any:
+                raise UnavailableError("redis 10.0.0.7:6379: NOPERM user sluice")
+
+            return call
+
+    prefixes = _prefixes(Talkative())
+    with caplog.at_level(logging.INFO):
+        for call in (
+            prefixes.find("alice", "system"),
+            prefixes.put(record()),
+            prefixes.remove("alice", "system"),
+        ):
+            with pytest.raises(UnavailableError, match="the store does not answer: try") as told:
+                await call
+            assert "10.0.0.7" not in str(told.value)
+    assert any("10.0.0.7" in message for message in caplog.messages)
+
+
+async def test_flush_reaches_every_gateway_once() -> None:
+    store = flaky_store()
+    announced = []
+    gateways = {name: _prefixes(store) for name in ("flushing", "other", "late")}
+    for name, prefixes in gateways.items():
+        prefixes.on_store_back = partial(announced.append, name)
+    await gateways["flushing"].put(record())
+    await gateways["other"].refresh()
+    await gateways["flushing"].announce_flush()
+    for _ in range(2):
+        for prefixes in gateways.values():
+            await prefixes.refresh()
+            assert [known.name for known in prefixes.records] == ["system"]
+    assert announced == ["flushing", "other"]
 
 
 async def test_prefix_of_another_model_is_not_found() -> None:

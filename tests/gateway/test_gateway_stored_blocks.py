@@ -83,6 +83,27 @@ async def test_unpin_spares_what_another_prefix_has() -> None:
     assert await _pinned(store) == 0
 
 
+@pytest.mark.parametrize(
+    ("others", "num_kept"),
+    [
+        ([TOKENS[: 2 * BLOCK_SIZE - 1]], 1),
+        ([(0, *TOKENS[1:])], 0),
+        ([(*TOKENS[:40], 7, 8, 9)], 2),
+        ([(*TOKENS, 7)], 3),
+        ([TOKENS[:BLOCK_SIZE], (*TOKENS[:40], 7), (1, 2)], 2),
+    ],
+)
+async def test_unpin_spares_full_blocks_of_a_common_beginning(
+    others: list[tuple[int, ...]], num_kept: int
+) -> None:
+    store = flaky_blocks()
+    blocks = stored_blocks(store, replica_info())
+    await _put(store, keys_of(TOKENS, salt=b"salt"))
+    await blocks.pin(PROMPT)
+    await blocks.unpin(PROMPT, [Prompt(tokens, b"salt") for tokens in others])
+    assert await _pinned(store) == num_kept
+
+
 async def test_long_prompt_travels_in_chunks() -> None:
     store = flaky_blocks()
     tokens = tuple(range(2000)) * 9

@@ -65,22 +65,47 @@ async def test_blocks_written_again_are_replaced_and_counted_once(kind: Kind) ->
 
 async def test_blocks_end_a_ttl_after_their_last_use(kind: Kind) -> None:
     store = await kind.open_blocks(kv_ttl_s=TTL_S)
-    silent, read, touched, looked_at, pinned = keys = fresh_keys(5)
+    silent, read, touched, looked_at, pinned, unpinned = keys = fresh_keys(6)
     await store.put_blocks(dict.fromkeys(keys, b"payload"))
-    await store.touch_blocks([pinned], pinned=True)
+    await store.touch_blocks([pinned, unpinned], pinned=True)
     await kind.elapse(0.6 * TTL_S)
     await store.get_blocks([read])
     await store.touch_blocks([touched])
-    await store.has_blocks([looked_at, silent])
+    await store.has_blocks([looked_at, silent, pinned])
+    await store.unpin_blocks([unpinned])  # counts as a use
     await kind.elapse(0.6 * TTL_S)
-    assert await store.has_blocks(keys) == [False, True, True, False, True]
+    assert await store.has_blocks(keys) == [False, True, True, False, False, True]
     await kind.elapse(0.6 * TTL_S)
-    assert await store.has_blocks(keys) == [False, False, False, False, True]
-    await store.unpin_blocks([pinned])
+    assert not any(await store.has_blocks(keys))
+
+
+async def test_blocks_are_pinned_for_a_ttl_after_the_last_pin(kind: Kind) -> None:
+    store = await kind.open_blocks(kv_ttl_s=TTL_S)
+    put, renewed, used, written, _silent = keys = keys_of_one_shard(5)
+    await store.put_blocks(dict.fromkeys(keys, b"payload"), pinned=True)
     await kind.elapse(0.6 * TTL_S)
-    assert await store.has_blocks([pinned]) == [True]
+    assert (await store.stats()).num_pinned == 5
+    await store.touch_blocks([renewed], pinned=True)
+    await store.put_blocks({put: b"again"}, pinned=True)
+    await store.put_blocks({written: b"again"})
+    assert (await store.stats()).num_pinned == 5
+    await store.touch_blocks([used])
     await kind.elapse(0.6 * TTL_S)
-    assert await store.has_blocks([pinned]) == [False]
+    assert await store.has_blocks(keys) == [True, True, True, True, False]
+    await store.touch_blocks([used])
+    stats = await store.stats()
+    assert (stats.num_blocks, stats.num_pinned) == (4, 2)  # what is used is a block like others
+    assert stats.used_bytes == 2 * block_cost(7) + 2 * block_cost(5)
+
+
+async def test_blocks_whose_pins_ended_make_room_for_pins(kind: Kind) -> None:
+    store = await kind.open_blocks(max_bytes=MIB * kind.num_shards, kv_ttl_s=TTL_S)
+    old, new = keys_of_one_shard(4), keys_of_one_shard(4, seed=2)
+    await store.put_blocks(dict.fromkeys(old, bytes(105_000)), pinned=True)
+    await kind.elapse(1.2 * TTL_S)
+    await store.put_blocks(dict.fromkeys(new, bytes(105_000)), pinned=True)
+    assert (await store.stats()).num_pinned == 4
+    assert await store.has_blocks(old + new) == [False] * 4 + [True] * 4
 
 
 async def test_blocks_least_used_make_room_first(kind: Kind) -> None:

@@ -91,6 +91,23 @@ async def test_record_version_says_whether_anything_changed(kind: Kind) -> None:
     assert (await store.list_records("prefix")).values == {"a": b"1"}
 
 
+async def test_record_put_if_absent_replaces_nothing(kind: Kind) -> None:
+    store = await kind.open()
+    assert await store.put_record("prefix", "a", b"mine", if_absent=True)
+    version = (await store.list_records("prefix")).version
+    assert not await store.put_record("prefix", "a", b"theirs", if_absent=True)
+    assert await store.put_record("prefix", "a", b"mine", if_absent=True)
+    assert (await store.list_records("prefix", version)).values is None  # neither is a change
+    assert await store.put_record("prefix", "a", b"theirs")
+    assert (await store.list_records("prefix")).values == {"a": b"theirs"}
+    answers = await asyncio.gather(
+        *(store.put_record("prefix", "b", b"%d" % i, if_absent=True) for i in range(20))
+    )
+    assert sum(answers) == 1
+    values = (await store.list_records("prefix")).values
+    assert values == {"a": b"theirs", "b": b"%d" % answers.index(True)}
+
+
 async def test_record_beyond_the_limits_is_refused(kind: Kind) -> None:
     store = await kind.open()
     await store.put_record("prefix", "a", bytes(MAX_RECORD_BYTES))
@@ -103,8 +120,10 @@ async def test_record_beyond_the_limits_is_refused(kind: Kind) -> None:
         await asyncio.gather(
             *(store.put_record("full", name, b"") for name in names[start : start + 32])
         )
-    with pytest.raises(OverloadedError, match="4096 records of kind full"):
-        await store.put_record("full", "one more", b"")
+    for if_absent in (False, True):
+        with pytest.raises(OverloadedError, match="4096 records of kind full"):
+            await store.put_record("full", "one more", b"", if_absent=if_absent)
+    assert await store.put_record("full", names[0], b"", if_absent=True)
     await store.put_record("full", names[0], b"again")
     await store.drop_record("full", names[1])
     await store.put_record("full", "one more", b"")

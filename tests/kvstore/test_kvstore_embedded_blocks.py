@@ -41,9 +41,11 @@ class Entry:
     uses: int
     position: int
     end_s: float
+    pin_end_s: float  # of the past: it is not pinned
     is_pinned: bool
     value: float = 0.0
     changed: int = 0  # number of the last change of value
+    pin_number: int = 0  # of the last pin: they end in this order
 
     @property
     def cost(self) -> int:
@@ -60,12 +62,21 @@ class BlocksModel(RuleBasedStateMachine):
         self.store = EmbeddedBlocks(config, self.clock)
         self.entries: dict[bytes, Entry] = {}
         self.age = 0.0
-        self.num_changes = self.num_evicted = 0
+        self.num_changes = self.num_evicted = self.num_pins = 0
 
     def live(self) -> dict[bytes, Entry]:
         now_s = self.clock.now()
-        self.entries = {k: e for k, e in self.entries.items() if e.is_pinned or e.end_s > now_s}
+        self.entries = {k: e for k, e in self.entries.items() if e.end_s > now_s}
+        ended = [e for e in self.entries.values() if e.is_pinned and e.pin_end_s <= now_s]
+        for entry in sorted(ended, key=lambda entry: entry.pin_number):
+            entry.is_pinned = False
+            self.revalue(entry)
         return self.entries
+
+    def pin(self, entry: Entry) -> None:
+        self.num_pins += 1
+        entry.is_pinned, entry.pin_number = True, self.num_pins
+        entry.pin_end_s = self.clock.now() + TTL_S
 
     def revalue(self, entry: Entry) -> None:
         self.num_changes += 1
@@ -114,9 +125,14 @@ class BlocksModel(RuleBasedStateMachine):
             uses = min((old.uses if old else 0) + 1, MAX_USES)
             end_s = self.clock.now() + TTL_S
             is_pinned = pins and held + cost <= BUDGET_BYTES // 2
-            batch_entries[key] = Entry(payload, uses, place, end_s, is_pinned)
+            entry = Entry(payload, uses, place, end_s, 0.0, is_pinned)
+            if old is not None:
+                entry.pin_end_s, entry.pin_number = old.pin_end_s, old.pin_number
+            batch_entries[key] = entry
         for key, entry in batch_entries.items():
             self.revalue(entry)
+            if entry.is_pinned and pinned:
+                self.pin(entry)
             entries[key] = entry
         assert stored == expected
 
@@ -140,8 +156,8 @@ class BlocksModel(RuleBasedStateMachine):
         found = run(self.store.touch_blocks(asked, pinned=pinned))
         for key in dict.fromkeys(asked):
             entry = self.use(key)
-            if entry is not None and pinned and not entry.is_pinned and self.may_pin(entry.cost):
-                entry.is_pinned = True
+            if entry is not None and pinned and (entry.is_pinned or self.may_pin(entry.cost)):
+                self.pin(entry)
         assert found == [key in self.entries for key in asked]
 
     @rule(asked=st.lists(keys, max_size=5))

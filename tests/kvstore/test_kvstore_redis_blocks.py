@@ -109,23 +109,35 @@ async def test_redis_books_are_what_is_stored(blocks: RedisBlocks, raw: redis_cl
     assert costs == {key: block_cost(size - frame_bytes) for key, size in stored.items()}
     assert int(used) == sum(costs.values()) <= MIB
     assert int(held) == sum(costs[key] for key in pinned) <= MIB // 2
-    assert all(raw.pttl(prefix + key) == -1 for key in pinned)
-    assert all(raw.pttl(prefix + key) > 0 for key in order)
+    assert all(raw.pttl(name_of(blocks, "block:") + key) > 0 for key in stored)
 
 
-async def test_redis_blocks_do_not_last_for_ever_unless_pinned(
+async def test_redis_nothing_of_blocks_lasts_for_ever(
     blocks: RedisBlocks, raw: redis_client.Redis
 ) -> None:
     await blocks.put_blocks({KEY: b"payload", OTHER: b"other"})
-    names = raw.keys(name_of(blocks, "*"))
-    assert len(names) == 4
-    assert all(raw.pttl(name) > 0 for name in names)
     await blocks.touch_blocks([KEY], pinned=True)
-    lasting = {name for name in raw.keys(name_of(blocks, "*")) if raw.pttl(name) == -1}
-    rests = ("order", "pinned", "books")
-    assert lasting == {name_of(blocks, "block:") + KEY, *(name_of(blocks, r) for r in rests)}
-    await blocks.unpin_blocks([KEY])
-    assert all(raw.pttl(name) > 0 for name in raw.keys(name_of(blocks, "*")))
+    names = raw.keys(name_of(blocks, "*"))
+    assert len(names) == 5
+    assert all(raw.pttl(name) > 0 for name in names)
+    raw.delete(name_of(blocks, "order"))
+    await blocks.put_blocks(dict.fromkeys(fresh_keys(600, seed=1), b""))
+    raw.delete(name_of(blocks, "order"))
+    await blocks.touch_blocks([KEY])
+    names = raw.keys(name_of(blocks, "*"))
+    assert any(b":graves" in name for name in names)
+    assert all(raw.pttl(name) > 0 for name in names)
+
+
+async def test_redis_pinned_blocks_of_a_chain_are_ranked_from_its_head(
+    blocks: RedisBlocks,
+) -> None:
+    chain = fresh_keys(120)
+    for start in (80, 40, 0):
+        piece = dict.fromkeys(chain[start : start + 40], b"")
+        await blocks.put_blocks(piece, pinned=True, position=start)
+    await blocks.touch_blocks(chain, pinned=True)
+    assert await blocks.hottest(b"", 200) == chain
 
 
 @pytest.mark.parametrize("lost", ["order", "pinned", "books", "all three"])
@@ -147,6 +159,100 @@ async def test_redis_lost_index_heals(
         assert sum(map(raw.strlen, names)) <= MIB
     assert (await blocks.has_blocks(keys))[-5:] == [True] * 5
     assert (await blocks.stats()).used_bytes <= MIB
+
+
+async def test_redis_shard_that_lost_an_index_is_dropped_bit_by_bit(
+    redis_server: RedisServer, raw: redis_client.Redis
+) -> None:
+    config = StoreConfig(
+        url=redis_server.url, namespace=fresh_namespace(), timeout_s=5.0, max_bytes=16 * MIB
+    )
+    blocks = RedisBlocks(config)
+    keys = fresh_keys(4000, seed=1)
+    for start in range(0, 4000, 1000):
+        await blocks.put_blocks(dict.fromkeys(keys[start : start + 1000], b"x"))
+    raw.delete(name_of(blocks, "order"))
+    hot, num_left = keys[:20], [4000]
+    while num_left[-1] > len(hot):
+        assert await blocks.touch_blocks(hot) == [True] * 20  # they come back to the books
+        num_left.append(len(raw.keys(name_of(blocks, "block:*"))))
+        assert 0 < num_left[-2] - num_left[-1] <= 512
+    assert raw.keys(name_of(blocks, "graves*")) == []
+    assert (await blocks.stats()).num_blocks == 20
+    await blocks.close()
+
+
+@pytest.mark.parametrize("index", ["order", "pinned", "books", "graves"])
+async def test_redis_index_of_another_type_is_as_absent(
+    blocks: RedisBlocks, raw: redis_client.Redis, index: str
+) -> None:
+    await blocks.put_blocks({KEY: b"payload"}, pinned=True)
+    await blocks.put_blocks({OTHER: b"other"})
+    calls = (
+        lambda: blocks.stats(),
+        lambda: blocks.touch_blocks([KEY]),
+        lambda: blocks.put_blocks({KEY: b"payload"}),
+        lambda: blocks.get_blocks([KEY]),
+        lambda: blocks.unpin_blocks([KEY]),
+        lambda: blocks.flush(),
+    )
+    for call in calls:
+        raw.delete(name_of(blocks, index))
+        raw.set(name_of(blocks, index), "nonsense")
+        await call()
+    assert await blocks.put_blocks({KEY: b"payload"}) == [True]
+    assert plain(await blocks.get_blocks([KEY])) == [b"payload"]
+
+
+@pytest.mark.parametrize("entry", [b"", b"short", b"much too long"])
+@pytest.mark.parametrize("field", ["sums", "block"])
+async def test_redis_entry_that_cannot_be_read_is_as_absent(
+    blocks: RedisBlocks, raw: redis_client.Redis, field: str, entry: bytes
+) -> None:
+    names = [name_of(blocks, "block:") + key for key in (KEY, OTHER)]
+    for pinned in (False, True):
+        await blocks.put_blocks({KEY: b"payload", OTHER: b"other"}, pinned=pinned)
+        for call in (blocks.touch_blocks, blocks.unpin_blocks, blocks.get_blocks):
+            raw.hset(name_of(blocks, "books"), KEY if field == "block" else b"", entry)
+            await call([KEY])
+        raw.hset(name_of(blocks, "books"), KEY if field == "block" else b"", entry)
+        assert await blocks.put_blocks({KEY: b"again"}) == [True]
+        assert plain(await blocks.get_blocks([KEY])) == [b"again"]
+        raw.hset(name_of(blocks, "books"), KEY if field == "block" else b"", entry)
+        assert await blocks.flush() >= 1
+        assert not raw.exists(*names)
+        assert (await blocks.stats()).used_bytes == 0
+
+
+@pytest.mark.parametrize("lost", ["order", "pinned", "books"])
+async def test_redis_flush_finds_what_an_index_has_lost(
+    blocks: RedisBlocks, raw: redis_client.Redis, lost: str
+) -> None:
+    await blocks.put_blocks(dict.fromkeys(fresh_keys(300), b"payload"), pinned=True)
+    await blocks.put_blocks(dict.fromkeys(fresh_keys(300, seed=2), b"payload"))
+    raw.delete(name_of(blocks, lost))
+    await blocks.flush()
+    assert raw.keys(name_of(blocks, "*")) == []
+
+
+async def test_redis_sums_that_are_lost_are_not_taken_for_none(
+    blocks: RedisBlocks, raw: redis_client.Redis
+) -> None:
+    await blocks.put_blocks(dict.fromkeys(fresh_keys(9), bytes(100_000)))
+    raw.hdel(name_of(blocks, "books"), b"")
+    assert await blocks.put_blocks({KEY: b"payload"}) == [True]
+    assert (await blocks.stats()).used_bytes == block_cost(7)
+    assert raw.keys(name_of(blocks, "block:*")) == [name_of(blocks, "block:") + KEY]
+
+
+async def test_redis_value_of_another_type_costs_nothing_else(
+    blocks: RedisBlocks, raw: redis_client.Redis
+) -> None:
+    raw.rpush(name_of(blocks, "block:") + KEY, "an entry")
+    assert plain(await blocks.get_blocks([KEY])) == [None]
+    await blocks.touch_blocks([KEY])
+    assert await blocks.put_blocks({KEY: b"payload"}) == [True]
+    assert plain(await blocks.get_blocks([KEY])) == [b"payload"]
 
 
 async def test_redis_blocks_that_redis_itself_evicted_leave_the_books(

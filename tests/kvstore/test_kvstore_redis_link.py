@@ -15,6 +15,7 @@ from kvstore_kinds import fresh_keys, fresh_namespace, plain
 from redis_server import RedisServer
 from redis_topologies import client_of
 
+from cluster.clock import WallClock
 from cluster.config import StoreConfig
 from cluster.errors import UnavailableError
 from cluster.kvstore.redis_blocks import RedisBlocks
@@ -233,7 +234,7 @@ async def test_redis_every_call_is_one_write(
 
 
 async def test_redis_connections_are_bounded_and_used_again(redis_server: RedisServer) -> None:
-    link = RedisLink(parse_redis_url(redis_server.url, "store.url"), 5.0)
+    link = RedisLink(parse_redis_url(redis_server.url, "store.url"), 5.0, WallClock())
     batch = Batch(b"k", [("PING",)])
     with client_of(redis_server) as client:
         before = client.info("stats")["total_connections_received"]
@@ -244,8 +245,36 @@ async def test_redis_connections_are_bounded_and_used_again(redis_server: RedisS
     await link.close()
 
 
+async def test_redis_connections_that_the_server_closed_are_let_go() -> None:
+    with RedisServer() as server:
+        link = RedisLink(parse_redis_url(server.url, "store.url"), 5.0, WallClock())
+        batch = Batch(b"k", [("PING",)])
+        await asyncio.gather(*(link.run("ping", batch) for _ in range(16)))
+        assert link._pool.num_idle == 16
+        server.kill()
+        deadline_s = time.monotonic() + 5.0
+        while link._pool.num_idle:
+            assert time.monotonic() < deadline_s
+            await asyncio.sleep(0.01)
+        await link.close()
+
+
+async def test_redis_connections_to_a_server_that_failed_are_let_go() -> None:
+    with RedisServer() as server:
+        link = RedisLink(parse_redis_url(server.url, "store.url"), 0.2, WallClock())
+        batch = Batch(b"k", [("PING",)])
+        await asyncio.gather(*(link.run("ping", batch) for _ in range(16)))
+        os.kill(server.pid, signal.SIGSTOP)
+        with pytest.raises(UnavailableError):
+            await link.run("ping", batch)
+        assert link._pool.num_idle == 0  # each would cost a deadline of its own
+        os.kill(server.pid, signal.SIGCONT)
+        assert await link.run("ping", batch) == [[b"PONG"]]
+        await link.close()
+
+
 async def test_redis_refusal_leaves_the_connection_in_step(redis_server: RedisServer) -> None:
-    link = RedisLink(parse_redis_url(redis_server.url, "store.url"), 5.0)
+    link = RedisLink(parse_redis_url(redis_server.url, "store.url"), 5.0, WallClock())
     for is_atomic in (False, True):
         bad = Batch(b"k", [("SET", "k", "v"), ("LPUSH", "k", "x"), ("PING",)], is_atomic)
         with pytest.raises(UnavailableError, match="WRONGTYPE"):

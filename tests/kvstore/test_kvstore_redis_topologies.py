@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import redis
 from kvstore_kinds import fresh_keys, fresh_namespace, plain
 from redis_server import RedisServer, free_port
 from redis_topologies import RedisSentinel, client_of, cluster_url, redis_cluster
 
+from cluster.clock import VirtualClock
 from cluster.config import StoreConfig
 from cluster.errors import UnavailableError
 from cluster.kvstore.redis_blocks import RedisBlocks
+from cluster.kvstore.redis_link import Batch, RedisLink
 from cluster.kvstore.redis_store import RedisStore
+from cluster.kvstore.redis_url import parse_redis_url
 
 pytestmark = pytest.mark.integration
 
@@ -45,13 +52,12 @@ async def works(url: str) -> None:
 async def wait_until_works(blocks: RedisBlocks, timeout_s: float = 20.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while True:
-        try:
-            assert await blocks.put_blocks(BLOCKS) == [True] * len(BLOCKS)
-            assert plain(await blocks.get_blocks(KEYS)) == list(BLOCKS.values())
-            return
-        except UnavailableError:
-            assert time.monotonic() < deadline_s
+        with contextlib.suppress(UnavailableError):
+            if all(await blocks.put_blocks(BLOCKS)):
+                break
+        assert time.monotonic() < deadline_s
         await asyncio.sleep(0.1)
+    assert plain(await blocks.get_blocks(KEYS)) == list(BLOCKS.values())
 
 
 async def test_redis_of_an_acl_user_works_with_the_rights_that_are_documented() -> None:
@@ -152,11 +158,95 @@ async def test_redis_cluster_spreads_blocks_and_follows_a_slot_that_moves() -> N
         for slot in range(1024):  # those of the first shard
             for client in reversed(clients):
                 client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[2])
-        with pytest.raises(UnavailableError, match="MOVED"):
-            await blocks.has_blocks(KEYS)
-        found = await blocks.has_blocks(KEYS)
-        assert 0 < sum(found) < len(KEYS)  # what was not moved with its slot is a miss
+        for _ in range(2):  # the node that had it says MOVED, the new one has none: both are misses
+            found = await blocks.has_blocks(KEYS)
+            assert 0 < sum(found) < len(KEYS)
+        moved = [key for key, is_there in zip(KEYS, found, strict=True) if not is_there]
+        assert await blocks.put_blocks({key: BLOCKS[key] for key in moved}) == [True] * len(moved)
         await wait_until_works(blocks)
         for client in clients:
             client.close()
         await blocks.close()
+
+
+async def test_redis_cluster_with_a_silent_node_serves_what_the_others_have() -> None:
+    with redis_cluster(3) as nodes:
+        blocks = RedisBlocks(config_of(cluster_url(nodes), timeout_s=0.4))
+        await blocks.put_blocks(BLOCKS, pinned=True)
+        os.kill(nodes[0].pid, signal.SIGSTOP)  # the first one, which is asked for slots, too
+        start_s = time.monotonic()
+        for _ in range(12):
+            found = plain(await blocks.get_blocks(KEYS))
+            there = [key for key, value in zip(KEYS, found, strict=True) if value is not None]
+            assert len(KEYS) // 3 < len(there) < len(KEYS)
+            assert all(value in (None, BLOCKS[key]) for key, value in zip(KEYS, found, strict=True))
+            expected = [key in there for key in KEYS]
+            assert await blocks.has_blocks(KEYS) == expected
+            assert await blocks.touch_blocks(KEYS) == expected
+            assert await blocks.put_blocks(BLOCKS) == expected
+            await blocks.unpin_blocks(KEYS)
+            await blocks.ping()
+        # Seventy-two calls: a few deadlines until its breaker opens, then one for each probe.
+        assert time.monotonic() - start_s < 20 * 0.4
+        missing = [key for key in KEYS if key not in there]
+        with pytest.raises(UnavailableError):
+            await blocks.get_blocks(missing)
+        for node in nodes[1:]:
+            os.kill(node.pid, signal.SIGSTOP)
+        with pytest.raises(UnavailableError):
+            await blocks.get_blocks(KEYS)
+        for node in nodes:
+            os.kill(node.pid, signal.SIGCONT)
+        await wait_until_works(blocks)
+        await blocks.close()
+
+
+async def test_redis_cluster_node_without_memory_refuses_its_own_blocks_only() -> None:
+    with redis_cluster(3) as nodes, client_of(nodes[1]) as client:
+        blocks = RedisBlocks(config_of(cluster_url(nodes)))
+        assert await blocks.put_blocks(BLOCKS) == [True] * len(BLOCKS)
+        client.config_set("maxmemory", 1)
+        stored = await blocks.put_blocks(BLOCKS)
+        assert len(KEYS) // 3 < sum(stored) < len(KEYS)
+        assert (await blocks.stats()).num_evicted > 0  # what is refused makes room for the next
+        refused = {
+            key: BLOCKS[key] for key, is_stored in zip(KEYS, stored, strict=True) if not is_stored
+        }
+        with pytest.raises(UnavailableError, match="OOM"):
+            await blocks.put_blocks(refused)
+        await blocks.close()
+
+
+async def test_redis_idle_connections_to_a_former_master_are_closed() -> None:
+    with RedisServer() as server, RedisServer() as other:
+
+        async def sentinel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while data := await reader.read(1000):
+                writer.write(b"+OK\r\n" * data.count(b"SETINFO"))
+                if b"MASTER" in data:
+                    port = str(port_of_master)
+                    writer.write(f"*2\r\n$9\r\n127.0.0.1\r\n${len(port)}\r\n{port}\r\n".encode())
+
+        port_of_master = server.port
+        sentinels = await asyncio.start_server(sentinel, "127.0.0.1", 0)
+        port = sentinels.sockets[0].getsockname()[1]
+        target = parse_redis_url(f"redis+sentinel://127.0.0.1:{port}/main", "store.url")
+        link = RedisLink(target, 5.0, VirtualClock())
+        batch = Batch(b"k", [("PING",)])
+        await asyncio.gather(*(link.run("ping", batch) for _ in range(8)))
+        port_of_master = other.port
+        link._route.forget()
+        with client_of(server) as client:
+            assert len(client.client_list()) > 1
+            await link.run("ping", batch)
+            assert link._pool.num_idle <= 9  # those to the sentinel, and one
+            await wait_for_clients(client, 1)
+        await link.close()
+        sentinels.close()
+
+
+async def wait_for_clients(client: redis.Redis, num_clients: int) -> None:
+    deadline_s = time.monotonic() + 5.0
+    while len(client.client_list()) != num_clients:
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0.01)

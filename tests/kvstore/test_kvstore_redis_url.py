@@ -69,6 +69,11 @@ def test_redis_url_tls_of_sentinels_is_that_of_their_service() -> None:
     "url",
     [
         "redis://:hun/ter2@host:1",
+        "redis://user:1234#hunter2@host",
+        "redis://user:1234?hunter2@host",
+        "redis+sentinel://user:1234/hunter2@host/0",
+        "redis+cluster://user:1234?ssl_ca_certs=hunter2@host",
+        "redis://:hunter2@host:1/0#",
         "redis://:hunter2@host:port",
         "redis://:hunter2@h:99999",
         "redis://:hunter2@",

@@ -27,7 +27,7 @@ from cluster.kvstore.block_key import block_keys
 from cluster.replica.channel import ChannelListener
 from cluster.replica.host_memory import HostMemory
 from cluster.replica.mover_link import MoverLink
-from cluster.replica.mover_start import MoverHandle, start_mover
+from cluster.replica.mover_start import NICENESS, MoverHandle, start_mover
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 
@@ -118,7 +118,9 @@ def test_mover_is_small_and_gives_way(redis_server: RedisServer) -> None:
         files = " ".join(item.path for item in process.memory_maps())
         assert "/torch/" not in files and "/ray/" not in files
         assert process.memory_info().rss < 100 * 2**20
-        assert process.nice() >= 10
+        own = os.nice(0)
+        gives_way = process.nice() - own >= NICENESS
+        assert gives_way or os.sched_getscheduler(process.pid) == os.SCHED_IDLE
 
 
 def test_killed_mover_fails_what_is_open_and_harms_nobody(redis_server: RedisServer) -> None:

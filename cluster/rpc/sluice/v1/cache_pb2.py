@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc.sluice.v1 import inference_pb2 as sluice_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sluice/v1/cache.proto\x12\tsluice.v1\x1a\x19sluice/v1/inference.proto\"x\n\x15RegisterPrefixRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.sluice.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"\x81\x01\n\x06Prefix\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_stored_blocks\x18\x05 \x01(\r\x12\x17\n\x0fregistered_at_s\x18\x06 \x01(\x01\";\n\x16RegisterPrefixResponse\x12!\n\x06prefix\x18\x01 \x01(\x0b\x32\x11.sluice.v1.Prefix\"\x15\n\x13ListPrefixesRequest\";\n\x14ListPrefixesResponse\x12#\n\x08prefixes\x18\x01 \x03(\x0b\x32\x11.sluice.v1.Prefix\"#\n\x13RemovePrefixRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14RemovePrefixResponse\"\x13\n\x11\x43\x61\x63heStatsRequest\"w\n\nStoreStats\x12\x12\n\nused_bytes\x18\x01 \x01(\x04\x12\x11\n\tmax_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\x04\x12\x19\n\x11num_pinned_blocks\x18\x04 \x01(\x04\x12\x13\n\x0bnum_evicted\x18\x05 \x01(\x04\"\xb5\x01\n\x0cReplicaCache\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x1f\n\x17num_prefix_query_tokens\x18\x04 \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x05 \x01(\x04\x12$\n\x05tiers\x18\x06 \x01(\x0b\x32\x15.sluice.v1.CacheTiers\"z\n\x12\x43\x61\x63heStatsResponse\x12$\n\x05store\x18\x01 \x01(\x0b\x32\x15.sluice.v1.StoreStats\x12\x13\n\x0bstore_error\x18\x02 \x01(\t\x12)\n\x08replicas\x18\x03 \x03(\x0b\x32\x17.sluice.v1.ReplicaCache\"4\n\x11\x46lushCacheRequest\x12\x10\n\x08replicas\x18\x01 \x01(\x08\x12\r\n\x05store\x18\x02 \x01(\x08\"f\n\x12\x46lushCacheResponse\x12\x1a\n\x12num_replica_blocks\x18\x01 \x01(\x04\x12\x18\n\x10num_store_blocks\x18\x02 \x01(\x04\x12\x1a\n\x12\x66\x61iled_replica_ids\x18\x03 \x03(\t\"x\n\x13InspectCacheRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.sluice.v1.TokenIdsH\x00\x12\x0e\n\x06prefix\x18\x04 \x01(\tB\x08\n\x06prompt\"\x95\x01\n\x14InspectCacheResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x19\n\x11num_stored_blocks\x18\x03 \x01(\r\x12\x13\n\x0bstore_error\x18\x04 \x01(\t\x12%\n\x08replicas\x18\x05 \x03(\x0b\x32\x13.sluice.v1.CachedOn\"2\n\x08\x43\x61\x63hedOn\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r2\xe7\x03\n\x05\x43\x61\x63he\x12U\n\x0eRegisterPrefix\x12 .sluice.v1.RegisterPrefixRequest\x1a!.sluice.v1.RegisterPrefixResponse\x12O\n\x0cListPrefixes\x12\x1e.sluice.v1.ListPrefixesRequest\x1a\x1f.sluice.v1.ListPrefixesResponse\x12O\n\x0cRemovePrefix\x12\x1e.sluice.v1.RemovePrefixRequest\x1a\x1f.sluice.v1.RemovePrefixResponse\x12I\n\nCacheStats\x12\x1c.sluice.v1.CacheStatsRequest\x1a\x1d.sluice.v1.CacheStatsResponse\x12I\n\nFlushCache\x12\x1c.sluice.v1.FlushCacheRequest\x1a\x1d.sluice.v1.FlushCacheResponse\x12O\n\x0cInspectCache\x12\x1e.sluice.v1.InspectCacheRequest\x1a\x1f.sluice.v1.InspectCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sluice/v1/cache.proto\x12\tsluice.v1\x1a\x19sluice/v1/inference.proto\"x\n\x15RegisterPrefixRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.sluice.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"\x91\x01\n\x06Prefix\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_stored_blocks\x18\x05 \x01(\r\x12\x17\n\x0fregistered_at_s\x18\x06 \x01(\x01\x12\x0e\n\x06tenant\x18\x07 \x01(\t\";\n\x16RegisterPrefixResponse\x12!\n\x06prefix\x18\x01 \x01(\x0b\x32\x11.sluice.v1.Prefix\"5\n\x13ListPrefixesRequest\x12\x13\n\x06tenant\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\";\n\x14ListPrefixesResponse\x12#\n\x08prefixes\x18\x01 \x03(\x0b\x32\x11.sluice.v1.Prefix\"C\n\x13RemovePrefixRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06tenant\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\"\x16\n\x14RemovePrefixResponse\"\x13\n\x11\x43\x61\x63heStatsRequest\"w\n\nStoreStats\x12\x12\n\nused_bytes\x18\x01 \x01(\x04\x12\x11\n\tmax_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\x04\x12\x19\n\x11num_pinned_blocks\x18\x04 \x01(\x04\x12\x13\n\x0bnum_evicted\x18\x05 \x01(\x04\"\xb5\x01\n\x0cReplicaCache\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x03 \x01(\r\x12\x1f\n\x17num_prefix_query_tokens\x18\x04 \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x05 \x01(\x04\x12$\n\x05tiers\x18\x06 \x01(\x0b\x32\x15.sluice.v1.CacheTiers\"z\n\x12\x43\x61\x63heStatsResponse\x12$\n\x05store\x18\x01 \x01(\x0b\x32\x15.sluice.v1.StoreStats\x12\x13\n\x0bstore_error\x18\x02 \x01(\t\x12)\n\x08replicas\x18\x03 \x03(\x0b\x32\x17.sluice.v1.ReplicaCache\"4\n\x11\x46lushCacheRequest\x12\x10\n\x08replicas\x18\x01 \x01(\x08\x12\r\n\x05store\x18\x02 \x01(\x08\"f\n\x12\x46lushCacheResponse\x12\x1a\n\x12num_replica_blocks\x18\x01 \x01(\x04\x12\x18\n\x10num_store_blocks\x18\x02 \x01(\x04\x12\x1a\n\x12\x66\x61iled_replica_ids\x18\x03 \x03(\t\"x\n\x13InspectCacheRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.sluice.v1.TokenIdsH\x00\x12\x0e\n\x06prefix\x18\x04 \x01(\tB\x08\n\x06prompt\"\x95\x01\n\x14InspectCacheResponse\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x12\n\nnum_blocks\x18\x02 \x01(\r\x12\x19\n\x11num_stored_blocks\x18\x03 \x01(\r\x12\x13\n\x0bstore_error\x18\x04 \x01(\t\x12%\n\x08replicas\x18\x05 \x03(\x0b\x32\x13.sluice.v1.CachedOn\"2\n\x08\x43\x61\x63hedOn\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\r2\xe7\x03\n\x05\x43\x61\x63he\x12U\n\x0eRegisterPrefix\x12 .sluice.v1.RegisterPrefixRequest\x1a!.sluice.v1.RegisterPrefixResponse\x12O\n\x0cListPrefixes\x12\x1e.sluice.v1.ListPrefixesRequest\x1a\x1f.sluice.v1.ListPrefixesResponse\x12O\n\x0cRemovePrefix\x12\x1e.sluice.v1.RemovePrefixRequest\x1a\x1f.sluice.v1.RemovePrefixResponse\x12I\n\nCacheStats\x12\x1c.sluice.v1.CacheStatsRequest\x1a\x1d.sluice.v1.CacheStatsResponse\x12I\n\nFlushCache\x12\x1c.sluice.v1.FlushCacheRequest\x1a\x1d.sluice.v1.FlushCacheResponse\x12O\n\x0cInspectCache\x12\x1e.sluice.v1.InspectCacheRequest\x1a\x1f.sluice.v1.InspectCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,35 +35,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REGISTERPREFIXREQUEST']._serialized_start=63
   _globals['_REGISTERPREFIXREQUEST']._serialized_end=183
   _globals['_PREFIX']._serialized_start=186
-  _globals['_PREFIX']._serialized_end=315
-  _globals['_REGISTERPREFIXRESPONSE']._serialized_start=317
-  _globals['_REGISTERPREFIXRESPONSE']._serialized_end=376
-  _globals['_LISTPREFIXESREQUEST']._serialized_start=378
-  _globals['_LISTPREFIXESREQUEST']._serialized_end=399
-  _globals['_LISTPREFIXESRESPONSE']._serialized_start=401
-  _globals['_LISTPREFIXESRESPONSE']._serialized_end=460
-  _globals['_REMOVEPREFIXREQUEST']._serialized_start=462
-  _globals['_REMOVEPREFIXREQUEST']._serialized_end=497
-  _globals['_REMOVEPREFIXRESPONSE']._serialized_start=499
-  _globals['_REMOVEPREFIXRESPONSE']._serialized_end=521
-  _globals['_CACHESTATSREQUEST']._serialized_start=523
-  _globals['_CACHESTATSREQUEST']._serialized_end=542
-  _globals['_STORESTATS']._serialized_start=544
-  _globals['_STORESTATS']._serialized_end=663
-  _globals['_REPLICACACHE']._serialized_start=666
-  _globals['_REPLICACACHE']._serialized_end=847
-  _globals['_CACHESTATSRESPONSE']._serialized_start=849
-  _globals['_CACHESTATSRESPONSE']._serialized_end=971
-  _globals['_FLUSHCACHEREQUEST']._serialized_start=973
-  _globals['_FLUSHCACHEREQUEST']._serialized_end=1025
-  _globals['_FLUSHCACHERESPONSE']._serialized_start=1027
-  _globals['_FLUSHCACHERESPONSE']._serialized_end=1129
-  _globals['_INSPECTCACHEREQUEST']._serialized_start=1131
-  _globals['_INSPECTCACHEREQUEST']._serialized_end=1251
-  _globals['_INSPECTCACHERESPONSE']._serialized_start=1254
-  _globals['_INSPECTCACHERESPONSE']._serialized_end=1403
-  _globals['_CACHEDON']._serialized_start=1405
-  _globals['_CACHEDON']._serialized_end=1455
-  _globals['_CACHE']._serialized_start=1458
-  _globals['_CACHE']._serialized_end=1945
+  _globals['_PREFIX']._serialized_end=331
+  _globals['_REGISTERPREFIXRESPONSE']._serialized_start=333
+  _globals['_REGISTERPREFIXRESPONSE']._serialized_end=392
+  _globals['_LISTPREFIXESREQUEST']._serialized_start=394
+  _globals['_LISTPREFIXESREQUEST']._serialized_end=447
+  _globals['_LISTPREFIXESRESPONSE']._serialized_start=449
+  _globals['_LISTPREFIXESRESPONSE']._serialized_end=508
+  _globals['_REMOVEPREFIXREQUEST']._serialized_start=510
+  _globals['_REMOVEPREFIXREQUEST']._serialized_end=577
+  _globals['_REMOVEPREFIXRESPONSE']._serialized_start=579
+  _globals['_REMOVEPREFIXRESPONSE']._serialized_end=601
+  _globals['_CACHESTATSREQUEST']._serialized_start=603
+  _globals['_CACHESTATSREQUEST']._serialized_end=622
+  _globals['_STORESTATS']._serialized_start=624
+  _globals['_STORESTATS']._serialized_end=743
+  _globals['_REPLICACACHE']._serialized_start=746
+  _globals['_REPLICACACHE']._serialized_end=927
+  _globals['_CACHESTATSRESPONSE']._serialized_start=929
+  _globals['_CACHESTATSRESPONSE']._serialized_end=1051
+  _globals['_FLUSHCACHEREQUEST']._serialized_start=1053
+  _globals['_FLUSHCACHEREQUEST']._serialized_end=1105
+  _globals['_FLUSHCACHERESPONSE']._serialized_start=1107
+  _globals['_FLUSHCACHERESPONSE']._serialized_end=1209
+  _globals['_INSPECTCACHEREQUEST']._serialized_start=1211
+  _globals['_INSPECTCACHEREQUEST']._serialized_end=1331
+  _globals['_INSPECTCACHERESPONSE']._serialized_start=1334
+  _globals['_INSPECTCACHERESPONSE']._serialized_end=1483
+  _globals['_CACHEDON']._serialized_start=1485
+  _globals['_CACHEDON']._serialized_end=1535
+  _globals['_CACHE']._serialized_start=1538
+  _globals['_CACHE']._serialized_end=2025
 # @@protoc_insertion_point(module_scope)

@@ -20,20 +20,22 @@ class RegisterPrefixRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_inference_pb2.TokenIds, _Mapping]] = ...) -> None: ...
 
 class Prefix(_message.Message):
-    __slots__ = ("name", "model", "num_tokens", "num_blocks", "num_stored_blocks", "registered_at_s")
+    __slots__ = ("name", "model", "num_tokens", "num_blocks", "num_stored_blocks", "registered_at_s", "tenant")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     REGISTERED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     num_tokens: int
     num_blocks: int
     num_stored_blocks: int
     registered_at_s: float
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_stored_blocks: _Optional[int] = ..., registered_at_s: _Optional[float] = ...) -> None: ...
+    tenant: str
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_stored_blocks: _Optional[int] = ..., registered_at_s: _Optional[float] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class RegisterPrefixResponse(_message.Message):
     __slots__ = ("prefix",)
@@ -42,8 +44,10 @@ class RegisterPrefixResponse(_message.Message):
     def __init__(self, prefix: _Optional[_Union[Prefix, _Mapping]] = ...) -> None: ...
 
 class ListPrefixesRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("tenant",)
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    def __init__(self, tenant: _Optional[str] = ...) -> None: ...
 
 class ListPrefixesResponse(_message.Message):
     __slots__ = ("prefixes",)
@@ -52,10 +56,12 @@ class ListPrefixesResponse(_message.Message):
     def __init__(self, prefixes: _Optional[_Iterable[_Union[Prefix, _Mapping]]] = ...) -> None: ...
 
 class RemovePrefixRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "tenant")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, name: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class RemovePrefixResponse(_message.Message):
     __slots__ = ()

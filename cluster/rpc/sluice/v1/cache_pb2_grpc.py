@@ -29,7 +29,7 @@ class CacheStub:
     """The caches of a cluster: what is kept in them, and what is in them.
 
     A prefix belongs to the tenant who registered it. Where tenants are configured, FlushCache and
-    CacheStats are for administrators. Errors carry details as those of Inference do.
+    CacheStats are for administrators, who may list and remove the prefixes of others too. Errors carry details as those of Inference do.
     """
 
     def __init__(self, channel):
@@ -74,7 +74,7 @@ class CacheServicer:
     """The caches of a cluster: what is kept in them, and what is in them.
 
     A prefix belongs to the tenant who registered it. Where tenants are configured, FlushCache and
-    CacheStats are for administrators. Errors carry details as those of Inference do.
+    CacheStats are for administrators, who may list and remove the prefixes of others too. Errors carry details as those of Inference do.
     """
 
     def RegisterPrefix(self, request, context):
@@ -86,7 +86,7 @@ class CacheServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListPrefixes(self, request, context):
-        """ListPrefixes returns the caller's prefixes.
+        """ListPrefixes returns the caller's prefixes, or those of others to an administrator.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,7 +165,7 @@ class Cache:
     """The caches of a cluster: what is kept in them, and what is in them.
 
     A prefix belongs to the tenant who registered it. Where tenants are configured, FlushCache and
-    CacheStats are for administrators. Errors carry details as those of Inference do.
+    CacheStats are for administrators, who may list and remove the prefixes of others too. Errors carry details as those of Inference do.
     """
 
     @staticmethod
