@@ -13,16 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.cli.bench_batching import bench_batching
 from cluster.cli.bench_engine import bench_engine
+from cluster.cli.bench_store import bench_store
 from cluster.cli.bench_techniques import bench_techniques
 from cluster.cli.options import (
     DEFAULT_ADDRESS,
     Address,
+    ApiKeyFile,
     AsJson,
     CaFile,
     CertFile,
     KeyFile,
     bar_options,
     print_json,
+    read_api_key,
     tls_of,
 )
 from cluster.errors import InvalidArgumentError
@@ -32,10 +35,13 @@ if TYPE_CHECKING:
     from cluster.bench.serve import ServeBench, ServeBenchResult
     from cluster.bench.statistics import RequestRecord
 
-bench = typer.Typer(help="Measure: a cluster, the gateway, the engine.", no_args_is_help=True)
+bench = typer.Typer(
+    help="Measure: a cluster, the gateway, the engine, the store.", no_args_is_help=True
+)
 bench.command("engine")(bench_engine)
 bench.command("techniques")(bench_techniques)
 bench.command("batching")(bench_batching)
+bench.command("store")(bench_store)
 
 _DEFAULT_NUM_REQUESTS = 100
 _LOAD = "Load"
@@ -49,6 +55,7 @@ def bench_serve(
     ca_file: CaFile = None,
     cert_file: CertFile = None,
     key_file: KeyFile = None,
+    api_key_file: ApiKeyFile = None,
     rate: Annotated[
         float | None,
         typer.Option(min=1e-6, help="Poisson arrivals per second.", rich_help_panel=_LOAD),
@@ -99,7 +106,8 @@ def bench_serve(
     shape = RequestShape(input_tokens, output_tokens, shared_prefix_tokens, seed)
     objective = LatencyObjective(ttft_slo_s, tpot_slo_s)
     tls = tls_of(ca_file, cert_file, key_file)
-    measurement = ServeBench(address, plan, shape, objective, warmup, model, tls)
+    api_key = read_api_key(api_key_file)
+    measurement = ServeBench(address, plan, shape, objective, warmup, model, tls, api_key)
     _report_serve(measurement, _run_with_progress(measurement), plot, json)
 
 

@@ -87,7 +87,9 @@ class StepTimeModel:
         if not 0 < elapsed_s < math.inf:
             return
         if self._fitted is not None and self._num_steps > _DRIFT_FROM:
-            self._follow(math.log(elapsed_s / self._fitted.seconds(shape)))
+            fitted_s = self._fitted.seconds(shape)
+            if fitted_s > 0:  # a fit of few kinds of steps may know nothing of this one
+                self._follow(math.log(elapsed_s / fitted_s))
         self._remember(shape, elapsed_s * math.exp(-self._drift))
         self._num_steps += 1
         self._num_unfitted += 1

@@ -191,3 +191,12 @@ def test_restored_model_predicts_as_before_and_goes_on_learning() -> None:
     assert worst_error(again.cost, machine.seconds) < 0.1
     learn(again, lambda shape: 3 * machine.seconds(shape), rng, 600)
     assert worst_error(again.cost, lambda shape: 3 * machine.seconds(shape)) < 0.15
+
+
+def test_step_that_the_fit_gives_no_time_is_learned_from_and_no_failure() -> None:
+    model = StepTimeModel()
+    for _ in range(40):
+        model.observe(StepShape(16, 1, 0, 128.0), 0.016)
+    model._fitted = StepCost(0.0, 0.0, ((8, 0.002),), 0.0, 0.0, 0.0)
+    model.observe(StepShape(4, 4, 100, 0.0), 0.01)
+    assert model.num_steps == 41
