@@ -71,19 +71,9 @@ class _Open:
 
     move: Move
     fetches: list[Fetch] = field(default_factory=list)  # that wait for it
-    prompt: Prompt | None = None  # of a FIND
     position: int = 0  # of a GET's first block in its chain, about
     is_preload: bool = False
     overdue_s: float = math.inf  # then the mover is silent
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What the decision about a fetch needs to know of a sequence."""
-
-    hashes: tuple[bytes, ...]  # of its blocks from `start` on that are missing here
-    start: int  # index of the first of them in the sequence
-    fetch: Fetch = field(compare=False)
 
 
 class StoreTier:
@@ -182,7 +172,7 @@ class StoreTier:
             return None
         fetch = Fetch(start, start + len(hashes), self._clock.now() + self._bound(hold_s))
         move = Move(next(self._move_ids), MoveKind.FIND, hashes)
-        self._begin(_Open(move, [fetch], Prompt(hashes, start, fetch)))
+        self._begin(_Open(move, [fetch]))
         return fetch
 
     def preload(self, hashes: Ordered[bytes]) -> None:
@@ -236,10 +226,6 @@ class StoreTier:
         oldest.overdue_s = now_s + self._config.timeout_s
         is_write = oldest.move.kind is MoveKind.PUT
         (self._writes if is_write else self._reads).failed()
-
-    def clear(self) -> None:
-        """Forget what is to be written, and what is believed to be in the store."""
-        self.writer.clear()
 
     def check_invariants(self) -> None:
         """Assert that the books agree with the moves under way."""
@@ -343,43 +329,40 @@ class StoreTier:
 
     def _find_ended(self, item: _Open, result: MoveResult, cost: StepCost | None) -> None:
         self._report(self._reads, result)
-        prompt = item.prompt
-        if prompt is None:  # a probe
+        if not item.fetches:  # a probe
             return
-        fetch = prompt.fetch
+        (fetch,), hashes = item.fetches, item.move.hashes
         fetch.num_open -= 1
         if result.error:
             return
         self._times.observe_latency(result.elapsed_s)
         num_there = (*result.found, False).index(False)
-        for block_hash in prompt.hashes[num_there:]:
+        for block_hash in hashes[num_there:]:
             self.writer.believe(block_hash, None)
         # However late the answer is seen: who still waits has lost nothing by it.
         if not num_there or fetch.is_given_up:
             return
-        first = self._first_fetched(num_there, prompt.start, cost)
-        if first is None:
-            return
-        num_blocks = num_there - first
-        hold_s = PATIENCE * self._times.seconds(num_blocks * self._block_nbytes)
+        first, computed_s = 0, 0.0
         if cost is not None:
-            computed_s = self._prefill_s(cost, num_blocks, prompt.start + first)[-1]
-            hold_s = max(hold_s, GET_SHARE * computed_s)
-        fetch.start = prompt.start + first
-        fetch.until_s = self._clock.now() + self._bound(max(MIN_HOLD_S, hold_s))
-        num_coming = self._get(prompt.hashes[first:num_there], fetch.start, fetch)
-        fetch.end = fetch.start + num_coming
-
-    def _first_fetched(self, num_blocks: int, start: int, cost: StepCost | None) -> int | None:
-        if cost is None:
-            return 0
-        return first_fetched(
-            self._prefill_s(cost, num_blocks, start),
-            num_blocks=num_blocks,
-            step_blocks=self._step_blocks,
-            block_s=self._block_nbytes / self._times.bytes_per_s,
-            latency_s=self._times.latency_s,
+            prefill_s = self._prefill_s(cost, num_there, fetch.start)
+            border = first_fetched(
+                prefill_s,
+                num_blocks=num_there,
+                step_blocks=self._step_blocks,
+                block_s=self._block_nbytes / self._times.bytes_per_s,
+                latency_s=self._times.latency_s,
+            )
+            if border is None:
+                return
+            first, computed_s = border, prefill_s[-1] - prefill_s[border // self._step_blocks]
+        hold_s = max(
+            MIN_HOLD_S,
+            PATIENCE * self._times.seconds((num_there - first) * self._block_nbytes),
+            GET_SHARE * computed_s,
         )
+        fetch.start += first
+        fetch.until_s = self._clock.now() + self._bound(hold_s)
+        fetch.end = fetch.start + self._get(hashes[first:num_there], fetch.start, fetch)
 
     def _prefill_s(self, cost: StepCost, num_blocks: int, start: int) -> list[float]:
         size = self._block_size

@@ -21,7 +21,6 @@ from cluster.engine.host_tier import HostTier
 from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.sequence import Sequence
 from cluster.engine.store_tier import StoreTier
-from cluster.engine.store_writer import StoreWriter
 from cluster.types import CacheLoad, StepCost, StepShape, StoreState
 
 COPY_BYTES_PER_S = 4e9
@@ -179,21 +178,21 @@ class Tiers:
             has_prompts: Whether it computes prompts: these are what evicts many blocks at once.
         """
         if self.store is not None and self.has_copies:
-            self._may_copy = self._copy_wanted(self.store.writer)
+            self._may_copy = self._copy_wanted(self.store)
         if has_prompts:
             self._cache.copy_oldest_to_host(self._num_ahead)
 
-    def _copy_wanted(self, writer: StoreWriter) -> bool:
+    def _copy_wanted(self, store: StoreTier) -> bool:
         """Bring blocks that are to be stored to the host tier; return whether more may follow."""
-        assert self.store is not None
-        num_left = num_most = writer.num_stageable if self.store.is_writable else 1
+        writer = store.writer
+        num_left = num_most = writer.num_stageable if store.is_writable else 1
         for block_hash in writer.unstaged():
             if not self._cache.has(block_hash):
                 writer.drop(block_hash)
                 continue
             if num_left <= 0 or not self._cache.copy_to_host(block_hash):
                 break
-            if self.store.is_writable:
+            if store.is_writable:
                 writer.stage(block_hash)
             num_left -= 1
         return num_left < num_most or self._cache.max_offloads <= 0
@@ -210,7 +209,7 @@ class Tiers:
     def flush(self) -> int:
         """Forget what no request uses, in KV cache and host tier; return how many blocks."""
         if self.store is not None:
-            self.store.clear()
+            self.store.writer.clear()
         return self._cache.flush() + self._host.clear()
 
     def load(self) -> CacheLoad:
