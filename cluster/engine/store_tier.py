@@ -276,7 +276,7 @@ class StoreTier:
             fetches = [] if fetch is None else [fetch]
             for other in fetches:
                 other.num_own += 1
-            item = _Open(move, fetches, position=position, is_preload=fetch is None)
+            item = _Open(move, fetches, position=position + start, is_preload=fetch is None)
             self._arriving |= dict.fromkeys(names, item)
             self._begin(item)
         return num_coming

@@ -9,7 +9,7 @@ from cluster.config import EngineConfig, StoreConfig
 from cluster.engine.mover import MoveKind
 from cluster.kvstore.block_hash import block_hashes
 from cluster.types import StoreState
-from tests.fakes import Content
+from tests.fakes import BLOCK_NBYTES, Content
 
 PROMPT = list(range(100, 141))  # ten full blocks of 4 and a token
 NUM_BLOCKS = 10
@@ -432,3 +432,12 @@ def test_long_prompt_waits_longer_for_its_blocks() -> None:
 
     assert wait_s(1e-3) == pytest.approx(0.02, abs=0.01)
     assert wait_s(0.1) == pytest.approx(0.1 * 40 * 0.1, rel=0.4)
+
+
+def test_fetched_blocks_keep_their_places_across_the_pieces_of_a_fetch() -> None:
+    pieces_of_two = StoreConfig(kv_chunk_bytes=2 * BLOCK_NBYTES)
+    server = bench(filled_store(), num_host_slots=NUM_BLOCKS, store_config=pieces_of_two)
+    assert ask(server, "r") == 4 * NUM_BLOCKS
+    order, chain = server.engine._host._order, block_hashes(PROMPT, 4, fingerprint=FINGERPRINT)
+    values = [order.value(block_hash) for block_hash in chain]
+    assert values == sorted(values, reverse=True) and len(set(values)) == NUM_BLOCKS, values
