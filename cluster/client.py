@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import grpc
 
-from cluster.errors import UnavailableError
-from cluster.rpc import public, queries
+from cluster.rpc import queries
 from cluster.rpc.connection import (
     CHANNEL_OPTIONS,
     FilePath,
@@ -27,12 +26,12 @@ from cluster.rpc.connection import (
     key_metadata,
     our_errors,
 )
+from cluster.rpc.event_stream import EventStream
 from cluster.rpc.public import (
     ClusterState,
     Completion,
     Event,
     Finished,
-    Queued,
     ReplicaState,
     Running,
     ScoredToken,
@@ -50,6 +49,12 @@ from cluster.rpc.public_cache import (
     ReplicaCache,
     StoreBooks,
 )
+from cluster.rpc.public_route import (
+    ClassName,
+    Explanation,
+    Queued,
+    RouteCandidate,
+)
 from cluster.rpc.queries import GENERATE_TIMEOUT_S, Answer, Query
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.types import CacheLoad, SamplingParams
@@ -63,6 +68,7 @@ __all__ = [
     "ClusterState",
     "Completion",
     "Event",
+    "Explanation",
     "Finished",
     "Flushed",
     "Inspected",
@@ -70,6 +76,8 @@ __all__ = [
     "Queued",
     "ReplicaCache",
     "ReplicaState",
+    "RequestOptions",
+    "RouteCandidate",
     "Running",
     "ScoredToken",
     "ServedModel",
@@ -81,6 +89,20 @@ __all__ = [
 ]
 
 Sampling = SamplingParams | Mapping[str, Any] | None
+
+
+class RequestOptions(TypedDict, total=False):
+    """What may be said of a request beside its prompt."""
+
+    model: str  # name; empty is the only one served
+    sampling: Sampling  # all parameters, or some of them by name
+    timeout_s: float  # deadline of all of it, seconds
+    request_id: str  # empty lets the gateway choose
+    prefix: str  # name of a registered prefix that comes before the prompt
+    service_class: ClassName | None  # interactive, standard or batch: whose objective it gets
+    ttft_s: float | None  # an objective of its own, in place of a class: seconds to the first token
+    tpot_s: float | None  # likewise, seconds per further token
+    session: str  # requests of one session prefer the same replica; empty is none
 
 
 class Client:
@@ -136,47 +158,27 @@ class Client:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        model: str = "",
-        sampling: Sampling = None,
-        timeout_s: float = GENERATE_TIMEOUT_S,
-        request_id: str = "",
-        prefix: str = "",
+        **options: Unpack[RequestOptions],
     ) -> Completion:
         """Return the completion of a text, or of token ids.
 
         Args:
             prompt: Text to continue.
             token_ids: Ids of the model's tokenizer, in place of text.
-            model: Name; empty is the only one served.
-            sampling: All parameters, or some of them by name.
-            timeout_s: Deadline of all of it, seconds.
-            request_id: Empty lets the gateway choose.
-            prefix: Name of a registered prefix that comes before the prompt.
+            **options: See `RequestOptions`.
 
         Raises:
+            OverloadedError: The request was refused; `retry_after_s` says when to try again.
             SluiceError: As the gateway says, or it is out of reach.
         """
-        query = queries.generate(
-            prompt,
-            token_ids,
-            model=model,
-            sampling=sampling,
-            timeout_s=timeout_s,
-            request_id=request_id,
-            prefix=prefix,
-        )
-        return self._ask(query)
+        return self._ask(queries.generate(prompt, token_ids, **options))
 
     def stream(
         self,
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        model: str = "",
-        sampling: Sampling = None,
-        timeout_s: float = GENERATE_TIMEOUT_S,
-        request_id: str = "",
-        prefix: str = "",
+        **options: Unpack[RequestOptions],
     ) -> Iterator[Event]:
         """Yield the events of a completion; `Finished` is the last. Arguments as of `generate`.
 
@@ -186,14 +188,12 @@ class Client:
             UnavailableError: The stream was cut off before `Finished`.
             SluiceError: As the gateway says, or it is out of reach.
         """
-        request = public.generate_request(
-            prompt, token_ids, model=model, sampling=sampling, request_id=request_id, prefix=prefix
-        )
-        events = _Events()
+        query = queries.generate(prompt, token_ids, **options)
+        events = EventStream()
         with our_errors():
             call = self._stub.GenerateStream(
-                inference_pb2.GenerateStreamRequest(request=request),
-                timeout=timeout_s,
+                inference_pb2.GenerateStreamRequest(request=query.request),
+                timeout=query.timeout_s,
                 metadata=self._metadata,
             )
             try:
@@ -215,6 +215,14 @@ class Client:
     def status(self) -> ClusterState:
         """Return the replica groups and their load."""
         return self._ask(queries.status())
+
+    def explain(self, request_id: str) -> Explanation:
+        """Return why a request went where it went; ask soon, and the gateway that it went to.
+
+        Raises:
+            NotFoundError: This gateway does not remember it, or it was another tenant's.
+        """
+        return self._ask(queries.explain(request_id))
 
     def register_prefix(
         self,
@@ -350,44 +358,25 @@ class AsyncClient:
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        model: str = "",
-        sampling: Sampling = None,
-        timeout_s: float = GENERATE_TIMEOUT_S,
-        request_id: str = "",
-        prefix: str = "",
+        **options: Unpack[RequestOptions],
     ) -> Completion:
         """Return a completion; see `Client.generate`. Cancelling the task cancels the request."""
-        query = queries.generate(
-            prompt,
-            token_ids,
-            model=model,
-            sampling=sampling,
-            timeout_s=timeout_s,
-            request_id=request_id,
-            prefix=prefix,
-        )
-        return await self._ask(query)
+        return await self._ask(queries.generate(prompt, token_ids, **options))
 
     async def stream(
         self,
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
-        model: str = "",
-        sampling: Sampling = None,
-        timeout_s: float = GENERATE_TIMEOUT_S,
-        request_id: str = "",
-        prefix: str = "",
+        **options: Unpack[RequestOptions],
     ) -> AsyncIterator[Event]:
         """Yield the events of a completion; see `Client.stream`."""
-        request = public.generate_request(
-            prompt, token_ids, model=model, sampling=sampling, request_id=request_id, prefix=prefix
-        )
-        events = _Events()
+        query = queries.generate(prompt, token_ids, **options)
+        events = EventStream()
         with our_errors():
             call = self._stub.GenerateStream(
-                inference_pb2.GenerateStreamRequest(request=request),
-                timeout=timeout_s,
+                inference_pb2.GenerateStreamRequest(request=query.request),
+                timeout=query.timeout_s,
                 metadata=self._metadata,
             )
             try:
@@ -409,6 +398,10 @@ class AsyncClient:
     async def status(self) -> ClusterState:
         """Return the replica groups and their load."""
         return await self._ask(queries.status())
+
+    async def explain(self, request_id: str) -> Explanation:
+        """Return why a request went where it went; see `Client.explain`."""
+        return await self._ask(queries.explain(request_id))
 
     async def register_prefix(
         self,
@@ -457,27 +450,3 @@ class AsyncClient:
                 query.request, timeout=query.timeout_s, metadata=self._metadata
             )
         return query.read(answer)
-
-
-class _Events:
-    """Reads a stream's messages, and notices what is missing."""
-
-    def __init__(self) -> None:
-        self._next_seq = 0
-        self._is_finished = False
-
-    def read(self, message: inference_pb2.GenerateStreamResponse) -> Event | None:
-        if message.seq != self._next_seq:
-            raise UnavailableError(
-                f"event {self._next_seq} was lost on the way, event {message.seq} came: ask again"
-            )
-        self._next_seq += 1
-        event = public.event_from_proto(message)
-        self._is_finished = self._is_finished or isinstance(event, Finished)
-        return event
-
-    def check_end(self) -> None:
-        if not self._is_finished:
-            raise UnavailableError(
-                f"the stream was cut off after {self._next_seq} events: ask again"
-            )

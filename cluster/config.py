@@ -88,6 +88,18 @@ class LatencyConfig(_Section):
 
     ttft_s: float = Field(0.0, ge=0, description="seconds to the first token; 0: no objective")
     tpot_s: float = Field(0.0, ge=0, description="seconds per further token; 0: no objective")
+    weight: float = Field(
+        1.0,
+        ge=1e-6,
+        le=1e6,
+        description="share of the class, relative to the others', of the tokens that are computed "
+        "while all of them have more than they get",
+    )
+    on_miss: Literal["refuse", "degrade", "queue"] = Field(
+        "queue",
+        description="what becomes of a request whose objective cannot be met: refuse it with a "
+        "time to try again, degrade it to no objective, or queue it and try all the same",
+    )
 
 
 class EngineConfig(_Section):
@@ -114,11 +126,29 @@ class EngineConfig(_Section):
         description="prompt tokens that a step may take however tight the objectives are, so that "
         "prompts do not starve",
     )
+    order: Literal["slack", "fcfs"] = Field(
+        "slack",
+        description="of prompts: slack computes first what is due first and can still be met, "
+        "within fair shares; fcfs is the order of arrival, for comparison",
+    )
+    fair_burst_tokens: int = Field(
+        8192,
+        ge=1,
+        description="tokens, by weight, that a class or tenant may get before one that got less "
+        "and waits too; small: fair in the short run, large: more objectives met",
+    )
+    late_weight: float = Field(
+        0.1,
+        ge=1e-6,
+        description="share, relative to the weights of the classes, of prompts that cannot meet "
+        "their objective any more: they do not stop, and stop nobody",
+    )
     interactive: LatencyConfig = Field(
-        LatencyConfig(ttft_s=1.0, tpot_s=0.1), description="objective of the class"
+        LatencyConfig(ttft_s=1.0, tpot_s=0.1, weight=8.0, on_miss="refuse"),
+        description="objective of the class, and of requests with one of their own",
     )
     standard: LatencyConfig = Field(
-        LatencyConfig(ttft_s=5.0, tpot_s=0.25), description="objective of the class"
+        LatencyConfig(ttft_s=5.0, tpot_s=0.25, weight=4.0), description="objective of the class"
     )
     batch: LatencyConfig = Field(LatencyConfig(), description="objective of the class")
 
@@ -195,6 +225,14 @@ class GatewayConfig(_Section):
     keepalive_s: float = Field(30.0, gt=0, description="ping an idle connection this often")
     max_inflight_requests: int = Field(1024, ge=1, description="queued and running, per gateway")
     max_queued_requests: int = Field(512, ge=0, description="waiting for a replica, per gateway")
+    max_queued_tokens: int = Field(
+        2**22, ge=1, description="prompt tokens waiting for a replica, per gateway"
+    )
+    rate_limit_on_error: Literal["open", "closed"] = Field(
+        "open",
+        description="whether requests of tenants with limits pass (open) or are refused (closed) "
+        "while the store, which counts them, does not answer",
+    )
     queue_timeout_s: float = Field(
         30.0, gt=0, description="a request without a replica waits this long"
     )
@@ -242,15 +280,42 @@ class AuthConfig(_Section):
 
 
 class RouterConfig(_Section):
-    """Weights of the router's score, all in prompt tokens of work."""
+    """The global scheduler of every gateway."""
 
-    policy: Literal["prefix", "least_tokens", "round_robin"] = Field(
-        "prefix", description="prefix: cached prefix and load; the others for comparison"
+    policy: Literal[
+        "slo",
+        "prefix",
+        "prefix_approx",
+        "least_tokens",
+        "least_requests",
+        "power_of_two",
+        "round_robin",
+        "session_hash",
+        "random",
+    ] = Field(
+        "slo",
+        description="slo: predicted latency, cached prefix, hot spots; the others for comparison",
     )
-    running_cost_tokens: float = Field(
-        16.0, ge=0, description="one running sequence weighs like this many queued prompt tokens"
+    admission: Literal["on", "off"] = Field(
+        "on",
+        description="on: a request whose objective cannot be met is treated as its class's on_miss "
+        "says; off: everything is admitted",
     )
-    waiting_cost_tokens: float = Field(64.0, ge=0, description="one waiting sequence, likewise")
+    miss_probability: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="of the admitted requests so many may miss their objective: more, and the "
+        "quantile of predictions that decides rises up to the ninetieth; fewer, and it falls down "
+        "to the median",
+    )
+    hot_window_s: float = Field(
+        20.0, gt=0, description="uses of a prefix in this time say how hot it is"
+    )
+    max_index_bytes: int = Field(
+        256 * 2**20, ge=2**16, description="of the prefix index; blocks beyond are not indexed"
+    )
+    max_decisions: int = Field(1024, ge=1, description="newest decisions kept for `sluice explain`")
 
 
 class StoreConfig(_Section):

@@ -75,13 +75,15 @@ class OverloadedError(SluiceError):
     Args:
         message: Which queue, its limit, what to do.
         retry_after_s: When it is worth to try again, seconds.
+        reason: What programs tell refusals apart by, as RATE_LIMITED; it never changes.
     """
 
     code = "RESOURCE_EXHAUSTED"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, reason: str = "") -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class DeadlineError(SluiceError):

@@ -6,10 +6,13 @@ themselves travels to the gateways as `ReplicaLoad`; `REPLICA_METRICS` says how 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from cluster.types import ReplicaLoad, StoreState
 
@@ -18,6 +21,25 @@ _LATENCY_BUCKETS_S = (
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
 )
 _ROUTE_BUCKETS_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 0.025)
+_RATIO_BUCKETS = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+
+
+class KeptCounter(Collector):
+    """A counter that its owner keeps; a scrape reads it. 0 until `set_function`."""
+
+    def __init__(self, name: str, description: str, *, registry: CollectorRegistry) -> None:
+        self._name = name
+        self._description = description
+        self._read: Callable[[], float] = float
+        registry.register(self)
+
+    def set_function(self, read: Callable[[], float]) -> None:
+        """Set what a scrape calls."""
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the one family."""
+        yield CounterMetricFamily(self._name, self._description, value=self._read())
 
 
 class Metrics:
@@ -59,6 +81,32 @@ class Metrics:
             ["objective", "met"],
             registry=registry,
         )
+        self.goodput = Counter(
+            "sluice_goodput_total",
+            "Valid requests with an objective, by whether they finished within it: those that were "
+            "refused, failed or cancelled did not.",
+            ["met"],
+            registry=registry,
+        )
+        self.admission = Counter(
+            "sluice_admission_total",
+            "Decisions of admission by outcome and class; a queued request gets a second one when "
+            "it leaves the queue.",
+            ["outcome", "service_class"],
+            registry=registry,
+        )
+        self.queue = Histogram(
+            "sluice_queue_seconds",
+            "That requests without a replica waited for one at the gateway, in vain or not.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.ttft_prediction = Histogram(
+            "sluice_ttft_prediction_ratio",
+            "Seconds from a request's dispatch to its first token over those predicted (median).",
+            buckets=_RATIO_BUCKETS,
+            registry=registry,
+        )
         self.duration = Histogram(
             "sluice_request_duration_seconds",
             "From a finished request's arrival to its last token.",
@@ -67,7 +115,7 @@ class Metrics:
         )
         self.route = Histogram(
             "sluice_route_seconds",
-            "Hashing a prompt and picking its replica.",
+            "Hashing a prompt and deciding where it goes, or whether.",
             buckets=_ROUTE_BUCKETS_S,
             registry=registry,
         )
@@ -82,6 +130,21 @@ class Metrics:
         )
         self.index = Gauge(
             "sluice_prefix_index_bytes", "Estimated size of the prefix index.", registry=registry
+        )
+        self.index_dropped = KeptCounter(
+            "sluice_prefix_index_dropped_total",
+            "Blocks that the prefix index had no room for.",
+            registry=registry,
+        )
+        self.watch_resyncs = KeptCounter(
+            "sluice_watch_resyncs_total",
+            "Watches opened anew because a message was missing, repeated or out of order.",
+            registry=registry,
+        )
+        self.quarantines = KeptCounter(
+            "sluice_replicas_quarantined_total",
+            "Times that a replica was left out for a while because its report could not be true.",
+            registry=registry,
         )
 
 

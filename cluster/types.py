@@ -49,12 +49,24 @@ class SamplingParams:
         )
 
 
+class ServiceClass(StrEnum):
+    """Who waits for an answer: decides the share that is guaranteed under too much work."""
+
+    INTERACTIVE = "interactive"  # somebody watches it appear
+    STANDARD = "standard"  # somebody waits for it
+    BATCH = "batch"  # nobody waits: it fills what is left, and makes room for the others
+
+
 @dataclass(frozen=True, slots=True)
 class SLO:
-    """The latency that a request should see; the engine batches so that `tpot_s` holds."""
+    """The latency that a request should see: what its place in queues and batches follows from."""
 
     ttft_s: float | None = None  # seconds to the first token; None is no objective
     tpot_s: float | None = None  # seconds per further token; None is no objective
+
+
+NO_SLO = SLO()
+"""Without an objective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +78,11 @@ class EngineRequest:
     sampling: SamplingParams
     salt: bytes = b""  # of the tenant, from the authenticated identity: isolates cached blocks
     deadline_s: float | None = None  # seconds left when the engine receives it; None is no bound
-    slo: SLO = SLO()  # what its latency should be
+    slo: SLO = NO_SLO  # what its latency should be
     pins_prefix: bool = False  # its prompt is a registered prefix: stored at once, and kept
+    service_class: ServiceClass = ServiceClass.STANDARD
+    tenant: str = ""  # of the authenticated identity: who shares a fair share
+    tenant_weight: float = 1.0  # of its fair share, > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +225,18 @@ class CacheLoad:
     saved_s: float = 0.0  # prefill that hits in host tier and store made needless, predicted
 
 
+MAX_DUE_WORKS = 16
+"""In one load report: what is due at nearly one time is added up."""
+
+
+@dataclass(frozen=True, slots=True)
+class DueWork:
+    """Prompts whose first tokens are due at about one time."""
+
+    due_s: float  # seconds from the report until then; negative is over already
+    work_s: float  # predicted seconds of prefill, >= 0
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaLoad:
     """What a leader pushes about itself, many times a second."""
@@ -225,6 +252,12 @@ class ReplicaLoad:
     is_draining: bool = False  # takes no new requests
     step_cost: StepCost | None = None  # None until a step was measured
     cache: CacheLoad = CacheLoad()
+    # Prompts that can still meet their objective, soonest first, at most MAX_DUE_WORKS.
+    due: tuple[DueWork, ...] = ()
+    late_s: float = 0.0  # seconds of prefill of all others: without an objective, or too late
+    prefill_token_s: float = 0.0  # seconds per prompt token beside the present batch; 0: unknown
+    decode_step_s: float = 0.0  # seconds of a step of the present batch alone; 0: unknown
+    fetch_block_s: float = 0.0  # seconds per block read from the store; 0: nothing can be read
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,15 +262,3 @@ def profile_round(bench: EngineBench, device: str, num_rows: int = 25) -> list[d
     between_s = wall_s - sum(row["cpu_s"] for row in rows)
     between = {"name": "between operations", "calls": 1, "cpu_s": between_s, "device_s": 0.0}
     return [{**row, "share": row["cpu_s"] / wall_s} for row in (between, *rows[:num_rows])]
-
-
-def fitted_step_time(result: EngineBenchResult) -> dict[str, Any]:
-    """Return the step times that the engine has learned from this run, and from which steps."""
-    model = result.loaded.engine.step_time
-    assert model.cost is not None, "steps were measured"
-    return {
-        "model": result.figures["model"],
-        "engine": result.figures["engine"],
-        "cost": asdict(model.cost),
-        "steps": model.snapshot(),
-    }

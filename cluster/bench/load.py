@@ -1,4 +1,4 @@
-"""Synthetic load: when requests are due, what they ask, and one stream's record.
+"""Synthetic load: when requests are due, and what they ask.
 
 Open loop: a request is sent when it is due, however slow the answers before it are. Closed loop:
 a fixed number of requests is under way at any time.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
 
-import grpc
-
-from cluster.bench.statistics import TRUNCATED, RequestRecord
+from cluster.bench.aims import AimMix
+from cluster.bench.sender import OnRecord, PlannedRequest, Sender
+from cluster.bench.statistics import RequestRecord
 from cluster.rpc.connection import Metadata
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
@@ -92,94 +91,47 @@ class LoadRun:
     shape: RequestShape
     plan: LoadPlan
     first_index: int = 0  # of the requests: warm-up and run draw different prompts
-    on_record: Callable[[RequestRecord], None] = lambda record: None  # called as each ends
+    on_record: OnRecord = lambda record: None  # told of each as it ends
     metadata: Metadata = ()  # sent with each request
-    _start_s: float = 0.0
-    _records: list[RequestRecord] = field(default_factory=list)
+    aims: AimMix = field(default_factory=AimMix)  # of the requests
 
     async def run(self) -> list[RequestRecord]:
         """Send every request, wait for all of them, and return their records."""
-        self._start_s = time.perf_counter()
-        await (self._open_loop() if self.plan.concurrency is None else self._closed_loop())
-        return self._records
+        sender = Sender(self.stub, self.on_record, self.metadata)
+        sender.start()
+        if self.plan.concurrency is None:
+            await self._open_loop(sender)
+        else:
+            await self._closed_loop(sender)
+        return sender.records
 
-    async def _open_loop(self) -> None:
+    async def _open_loop(self, sender: Sender) -> None:
         assert self.plan.rate_per_s is not None
         arrivals = poisson_arrivals(self.plan.rate_per_s, self.shape.seed)
         async with asyncio.TaskGroup() as group:
             for index, due_s in zip(self.plan.indices(), arrivals, strict=False):
                 if self.plan.is_over(due_s):
                     return
-                await asyncio.sleep(max(0.0, due_s - self._now_s()))
-                group.create_task(self._send(index, due_s))
+                await asyncio.sleep(max(0.0, due_s - sender.now_s()))
+                group.create_task(sender.send(self._planned(index), due_s))
 
-    async def _closed_loop(self) -> None:
+    async def _closed_loop(self, sender: Sender) -> None:
         indices = self.plan.indices()
 
         async def worker() -> None:
             for index in indices:  # shared: each index is taken once
-                if self.plan.is_over(self._now_s()):
+                due_s = sender.now_s()
+                if self.plan.is_over(due_s):
                     return
-                await self._send(index, self._now_s())
+                await sender.send(self._planned(index), due_s)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(self.plan.concurrency or 0):
                 group.create_task(worker())
 
-    async def _send(self, index: int, due_s: float) -> None:
-        request = self.shape.request(self.first_index + index, self.model)
-        record = await stream_record(
-            self.stub, request, due_s, self._now_s, self.plan.timeout_s, self.metadata
-        )
-        self._records.append(record)
-        self.on_record(record)
-
-    def _now_s(self) -> float:
-        return time.perf_counter() - self._start_s
-
-
-async def stream_record(
-    stub: InferenceStub,
-    request: pb.GenerateStreamRequest,
-    due_s: float,
-    now_s: Callable[[], float],
-    timeout_s: float,
-    metadata: Metadata = (),
-) -> RequestRecord:
-    """Send one request and return its record; a failure of the server is one, not an exception.
-
-    Args:
-        stub: Of a server of the public API.
-        request: What to send.
-        due_s: When it was due, in the time of `now_s`.
-        now_s: The clock of the run, seconds.
-        timeout_s: Deadline of the request.
-        metadata: Sent with it.
-    """
-    times_s: list[float] = []
-    num_tokens = 0
-    usage: pb.Usage | None = None
-    status = "OK"
-    try:
-        async for event in stub.GenerateStream(request, timeout=timeout_s, metadata=metadata):
-            kind = event.WhichOneof("event")
-            if kind == "delta" and event.delta.token_ids:
-                times_s.append(now_s())
-                num_tokens += len(event.delta.token_ids)
-            elif kind == "finished":
-                usage = event.finished.usage
-    except grpc.aio.AioRpcError as error:
-        status = error.code().name
-    else:
-        if usage is None or usage.completion_tokens != num_tokens:
-            status = TRUNCATED
-    counted = usage or pb.Usage()
-    return RequestRecord(
-        due_s,
-        now_s(),
-        status,
-        tuple(times_s),
-        num_tokens,
-        counted.prompt_tokens,
-        counted.cached_tokens,
-    )
+    def _planned(self, index: int) -> PlannedRequest:
+        index += self.first_index
+        message = self.shape.request(index, self.model).request
+        aim = self.aims.draw(index)
+        aim.write(message)
+        return PlannedRequest(message, str(index), aim, self.plan.timeout_s)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import grpc
 
+from cluster.bench.aims import AimMix
 from cluster.bench.load import LoadPlan, LoadRun, RequestShape
-from cluster.bench.statistics import LatencyObjective, RequestRecord, summarize
+from cluster.bench.replay import ReplayPlan, ReplayRun, clipped
+from cluster.bench.sender import OnRecord, Sender
+from cluster.bench.statistics import (
+    NO_OBJECTIVE,
+    LatencyObjective,
+    RequestRecord,
+    summarize,
+    summarize_classes,
+)
 from cluster.errors import InvalidArgumentError, UnavailableError
 from cluster.rpc.connection import Metadata, Tls, channel_credentials, key_metadata
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
@@ -23,9 +31,9 @@ class ServeBench:
     """One measurement."""
 
     address: str  # host:port of a gateway
-    plan: LoadPlan
-    shape: RequestShape = field(default_factory=RequestShape)
-    objective: LatencyObjective = field(default_factory=LatencyObjective)
+    plan: LoadPlan | ReplayPlan
+    shape: RequestShape = field(default_factory=RequestShape)  # of a replay: of its warm-up
+    aims: AimMix = field(default_factory=AimMix)  # of a load; a replayed workload has its own
     num_warmup: int = 0  # requests before the measurement, not counted
     model: str = ""  # empty: the only one served
     tls: Tls | None = None  # None speaks plain text
@@ -40,6 +48,12 @@ class ServeBench:
                 field="shared-prefix-tokens",
             )
 
+    @property
+    def common_objective(self) -> LatencyObjective:
+        """That of all requests; none where they differ."""
+        is_one = isinstance(self.plan, LoadPlan) and len(self.aims.shares) == 1
+        return self.aims.draw(0).objective if is_one else NO_OBJECTIVE
+
 
 @dataclass(frozen=True, slots=True)
 class ServeBenchResult:
@@ -50,7 +64,7 @@ class ServeBenchResult:
 
 
 async def run_serve_bench(
-    bench: ServeBench, on_record: Callable[[RequestRecord], None] = lambda record: None
+    bench: ServeBench, on_record: OnRecord = lambda record: None
 ) -> ServeBenchResult:
     """Run the warm-up and the measurement.
 
@@ -69,20 +83,49 @@ async def run_serve_bench(
         if bench.num_warmup:
             warmup = LoadPlan(bench.num_warmup, None, concurrency=min(4, bench.num_warmup))
             await LoadRun(stub, model, bench.shape, warmup, metadata=metadata).run()
-        run = LoadRun(
-            stub, model, bench.shape, bench.plan, bench.num_warmup, on_record, metadata=metadata
-        )
-        records = await run.run()
+        records = await _run(stub, model, bench, on_record, metadata)
     figures = {
         "address": bench.address,
         "model": model.name,
-        "load": asdict(bench.plan),
-        "requests": asdict(bench.shape),
-        "objective": {k: _finite(v) for k, v in asdict(bench.objective).items()},
+        **_load_figures(bench, model),
         "num_warmup": bench.num_warmup,
-        "result": summarize(records, bench.objective),
+        "result": summarize(records),
+        "classes": summarize_classes(records),
     }
     return ServeBenchResult(records, figures)
+
+
+async def _run(
+    stub: InferenceStub,
+    model: pb.Model,
+    bench: ServeBench,
+    on_record: OnRecord,
+    metadata: Metadata,
+) -> list[RequestRecord]:
+    if isinstance(bench.plan, ReplayPlan):
+        return await ReplayRun(Sender(stub, on_record, metadata), model, bench.plan).run()
+    run = LoadRun(
+        stub,
+        model,
+        bench.shape,
+        bench.plan,
+        bench.num_warmup,
+        on_record,
+        metadata=metadata,
+        aims=bench.aims,
+    )
+    return await run.run()
+
+
+def _load_figures(bench: ServeBench, model: pb.Model) -> dict[str, Any]:
+    if isinstance(bench.plan, ReplayPlan):
+        lost = clipped(bench.plan.workload, model.max_model_len)
+        return {"load": bench.plan.figures(), "clipped": lost}
+    return {
+        "load": asdict(bench.plan),
+        "requests": asdict(bench.shape),
+        "objectives": bench.aims.figures(),
+    }
 
 
 def _channel(bench: ServeBench) -> grpc.aio.Channel:
@@ -91,10 +134,6 @@ def _channel(bench: ServeBench) -> grpc.aio.Channel:
     if credentials is None:
         return grpc.aio.insecure_channel(bench.address, options=options)
     return grpc.aio.secure_channel(bench.address, credentials, options=options)
-
-
-def _finite(bound_s: float) -> float | None:
-    return None if bound_s == float("inf") else bound_s
 
 
 async def _find_model(stub: InferenceStub, bench: ServeBench, metadata: Metadata) -> pb.Model:
@@ -113,6 +152,8 @@ async def _find_model(stub: InferenceStub, bench: ServeBench, metadata: Metadata
             f"model={bench.model!r}: name one of those served: {names}", field="model"
         )
     num_tokens = bench.shape.num_input_tokens + bench.shape.num_output_tokens
+    if isinstance(bench.plan, ReplayPlan) and not bench.num_warmup:
+        num_tokens = 0  # no request has this shape
     if num_tokens > named[0].max_model_len:
         raise InvalidArgumentError(
             f"input-tokens + output-tokens = {num_tokens}, limit={named[0].max_model_len} "

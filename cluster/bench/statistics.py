@@ -14,8 +14,35 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from cluster.types import SLO
+
 TRUNCATED = "TRUNCATED"
 """Status of a stream that ended without its final event, or with fewer tokens than it says."""
+
+REFUSED = "RESOURCE_EXHAUSTED"
+"""Status of a request that was not let in."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyObjective:
+    """What a request must keep to count as good."""
+
+    ttft_s: float = math.inf  # time to the first token, at most
+    tpot_s: float = math.inf  # time per further token, at most
+
+    @classmethod
+    def of(cls, slo: SLO) -> LatencyObjective:
+        """Return what a request with this objective is held against."""
+        return cls(
+            math.inf if slo.ttft_s is None else slo.ttft_s,
+            math.inf if slo.tpot_s is None else slo.tpot_s,
+        )
+
+    def is_met(self, record: RequestRecord) -> bool:
+        """Return whether the whole answer came and came in time."""
+        if not record.is_ok or record.ttft_s is None or record.ttft_s > self.ttft_s:
+            return False
+        return record.tpot_s is None or record.tpot_s <= self.tpot_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +56,11 @@ class RequestRecord:
     num_tokens: int = 0  # tokens of the answer that arrived
     num_prompt_tokens: int = 0  # as the server counted them
     num_cached_tokens: int = 0  # of the prompt, from the prefix cache
+    request_id: str = ""  # in the run's workload
+    service_class: str = ""  # that it is in; empty: none
+    objective: LatencyObjective | None = None  # its own; None: that of its run
+    reason: str = ""  # of a failure, where the server gives a stable one
+    retry_after_s: float | None = None  # of a refusal, where the server says it
 
     @property
     def is_ok(self) -> bool:
@@ -59,18 +91,8 @@ class RequestRecord:
         return [later - earlier for earlier, later in pairwise(times)]
 
 
-@dataclass(frozen=True, slots=True)
-class LatencyObjective:
-    """What a request must keep to count as good."""
-
-    ttft_s: float = math.inf  # time to the first token, at most
-    tpot_s: float = math.inf  # time per further token, at most
-
-    def is_met(self, record: RequestRecord) -> bool:
-        """Return whether the whole answer came and came in time."""
-        if not record.is_ok or record.ttft_s is None or record.ttft_s > self.ttft_s:
-            return False
-        return record.tpot_s is None or record.tpot_s <= self.tpot_s
+NO_OBJECTIVE = LatencyObjective()
+"""Whatever ended well is good."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
@@ -99,13 +121,24 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 
 def goodput_share(records: Sequence[RequestRecord], objective: LatencyObjective) -> float:
     """Return the share of all requests, refused and failed ones included, that were good."""
-    return sum(map(objective.is_met, records)) / len(records) if records else 0.0
+    return num_good(records, objective) / len(records) if records else 0.0
 
 
-def summarize(records: Sequence[RequestRecord], objective: LatencyObjective) -> dict[str, Any]:
+def num_good(records: Sequence[RequestRecord], objective: LatencyObjective) -> int:
+    """Return how many requests kept their own objective or, without one, this one."""
+    return sum((record.objective or objective).is_met(record) for record in records)
+
+
+def summarize(
+    records: Sequence[RequestRecord], objective: LatencyObjective = NO_OBJECTIVE
+) -> dict[str, Any]:
     """Return the figures of one run; latencies are those of the requests that ended well.
 
     The window of the rates runs from the first request's due time to the last one's end.
+
+    Args:
+        records: Of the run.
+        objective: Of the requests that have none of their own.
     """
     good = [record for record in records if record.is_ok]
     start_s = min((record.scheduled_s for record in records), default=0.0)
@@ -120,16 +153,32 @@ def summarize(records: Sequence[RequestRecord], objective: LatencyObjective) -> 
     return {
         "num_requests": len(records),
         "num_ok": len(good),
+        "refusals": _refusals(records),
         "status": dict(sorted(Counter(record.status for record in records).items())),
         "window_s": window_s,
         "requests_per_s": per_s(len(good)),
         "out_tokens_per_s": per_s(out_tokens),
         "total_tokens_per_s": per_s(out_tokens + prompt_tokens),
         "goodput": goodput_share(records, objective),
-        "good_requests_per_s": per_s(sum(map(objective.is_met, records))),
+        "good_requests_per_s": per_s(num_good(records, objective)),
         "cached_token_share": cached_tokens / prompt_tokens if prompt_tokens else 0.0,
         "ttft_s": spread([r.ttft_s for r in good if r.ttft_s is not None]),
         "tpot_s": spread([r.tpot_s for r in good if r.tpot_s is not None]),
         "itl_s": spread([gap for r in good for gap in r.itl_s]),
         "e2e_s": spread([r.e2e_s for r in good]),
+    }
+
+
+def summarize_classes(records: Sequence[RequestRecord]) -> dict[str, dict[str, Any]]:
+    """Return the figures of each service class, by name; of requests without one, by ""."""
+    names = sorted({record.service_class for record in records})
+    return {name: summarize([r for r in records if r.service_class == name]) for name in names}
+
+
+def _refusals(records: Sequence[RequestRecord]) -> dict[str, Any]:
+    refused = [record for record in records if record.status == REFUSED]
+    return {
+        "num_requests": len(refused),
+        "reasons": dict(sorted(Counter(record.reason for record in refused).items())),
+        "retry_after_s": spread([r.retry_after_s for r in refused if r.retry_after_s is not None]),
     }

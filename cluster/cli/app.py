@@ -14,10 +14,12 @@ from typer.core import TyperGroup
 from cluster.cli.bench import bench
 from cluster.cli.cache import cache
 from cluster.cli.config import show_config
+from cluster.cli.explain import explain
 from cluster.cli.generate import generate
 from cluster.cli.model import model
 from cluster.cli.prefix import prefix
 from cluster.cli.serve import serve
+from cluster.cli.simulate import simulate
 from cluster.cli.status import status
 from cluster.errors import InvalidArgumentError, SluiceError
 
@@ -65,7 +67,9 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.command()(explain)
 app.command()(status)
+app.command()(simulate)
 app.command("config")(show_config)
 app.add_typer(prefix, name="prefix")
 app.add_typer(cache, name="cache")

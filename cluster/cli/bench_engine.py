@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.cli.options import AsJson, Overrides, bar_options, print_json
 from cluster.config import load_config
-from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.bench.engine import EngineBenchResult, EngineLoad
@@ -72,14 +73,17 @@ def bench_engine(
         bool, typer.Option("--profile", help="Show where the time goes, in one more round.")
     ] = False,
     fit: Annotated[
-        Path | None, typer.Option(metavar="FILE.json", help="Write the fitted step times.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Instead: measure steps of many shapes, write what they cost, for the simulator.",
+        ),
     ] = None,
     json: AsJson = False,
 ) -> None:
     """Measure the engine alone in this process: rates, latencies, shares of the hardware."""
     from cluster.bench.engine import EngineLoad
 
-    load = EngineLoad(requests, input_len, output_len, shared_prefix_len, rounds, warmup, seed)
     settings: dict[str, Any] = {
         "model.path": model,
         "model.dtype": dtype,
@@ -88,19 +92,25 @@ def bench_engine(
         "model.device": device,
         "cache.dtype": cache_dtype,
         "parallel.threads_per_worker": threads,
-        "engine.max_num_seqs": requests,
-        "engine.max_num_waiting": requests,
     }
     if max_num_batched_tokens is not None:
         settings["engine.max_num_batched_tokens"] = max_num_batched_tokens
+    if fit is not None:
+        if num_blocks:
+            settings["cache.num_blocks"] = num_blocks
+        _run_fit(_configured(settings, overrides), fit, rounds, seed, json)
+        return
+    load = EngineLoad(requests, input_len, output_len, shared_prefix_len, rounds, warmup, seed)
+    settings |= {"engine.max_num_seqs": requests, "engine.max_num_waiting": requests}
     block_size = load_config(None, overrides).cache.block_size
     settings["cache.num_blocks"] = num_blocks or load.num_blocks(block_size)
-    own = [f"{name}={json_module.dumps(value)}" for name, value in settings.items()]
-    config = load_config(None, [*own, *(overrides or [])])
-    result, profiled = _run(config, load, profile)
-    if fit is not None:
-        _write_fit(result, fit)
+    result, profiled = _run(_configured(settings, overrides), load, profile)
     _report(result, profiled, json)
+
+
+def _configured(settings: dict[str, Any], overrides: list[str] | None) -> ClusterConfig:
+    own = [f"{name}={json_module.dumps(value)}" for name, value in settings.items()]
+    return load_config(None, [*own, *(overrides or [])])
 
 
 def _run(
@@ -108,6 +118,14 @@ def _run(
 ) -> tuple[EngineBenchResult, list[dict[str, Any]]]:
     from cluster.bench.engine import profile_round, run_engine_bench
 
+    with _progress() as on_progress:
+        result = run_engine_bench(config, load, on_progress)
+        rows = profile_round(result.bench, config.model.device) if is_profiled else []
+    return result, rows
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     # Redrawn twice a second: the bar shares the cores with what is measured.
     with Progress(*columns, TimeElapsedColumn(), refresh_per_second=2, **bar_options()) as bar:
@@ -116,19 +134,24 @@ def _run(
         def on_progress(label: str, num_done: int, total: int) -> None:
             bar.update(task, description=escape(label), completed=num_done, total=total)
 
-        result = run_engine_bench(config, load, on_progress)
-        rows = profile_round(result.bench, config.model.device) if is_profiled else []
-    return result, rows
+        yield on_progress
 
 
-def _write_fit(result: EngineBenchResult, path: Path) -> None:
-    """Write the engine's fitted step times, and the steps that they rest on."""
-    from cluster.bench.engine import fitted_step_time
+def _run_fit(config: ClusterConfig, path: Path, rounds: int, seed: int, json: bool) -> None:
+    from cluster.bench.fit import check_writable, fit_figures, run_fit, write_fit
+    from cluster.bench.fit_report import fit_report
+    from cluster.bench.provenance import provenance
 
-    try:
-        path.write_text(json_module.dumps(fitted_step_time(result), indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--fit {path}: {error}", field="fit") from error
+    check_writable(path)
+    with _progress() as on_progress:
+        fit = run_fit(config, num_rounds=rounds, seed=seed, on_progress=on_progress)
+    figures = fit_figures(fit, config)
+    write_fit(fit, figures, path)
+    if json:
+        counted = {"num_steps": len(fit.steps), "file": str(path), "provenance": provenance()}
+        print_json({"benchmark": "engine-fit", **figures, **counted})
+    else:
+        Console().print(fit_report(fit, figures, path))
 
 
 def _report(result: EngineBenchResult, rows: list[dict[str, Any]], json: bool) -> None:

@@ -19,13 +19,16 @@ from cluster.cli.options import (
     CaFile,
     CertFile,
     KeyFile,
+    OfClass,
+    TpotS,
+    TtftS,
     connect,
     print_json,
     read_prompt,
 )
 
 if TYPE_CHECKING:
-    from cluster.client import Event, ScoredToken
+    from cluster.client import Event, Finished, Queued, ScoredToken
 
 _SAMPLING = "Sampling (unset: the gateway's defaults)"
 _END = "End of the answer"
@@ -43,6 +46,15 @@ def generate(
     ] = "",
     model: Annotated[str, typer.Option(help="Name; empty is the only one served.")] = "",
     timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of the request.")] = 600.0,
+    request_id: Annotated[
+        str, typer.Option(metavar="ID", help="Chosen by you, for `sluice explain`.")
+    ] = "",
+    service_class: OfClass = None,
+    ttft_s: TtftS = None,
+    tpot_s: TpotS = None,
+    session: Annotated[
+        str, typer.Option(metavar="NAME", help="Prefers the replica that served NAME before.")
+    ] = "",
     temperature: Annotated[
         float | None,
         typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING),
@@ -125,6 +137,11 @@ def generate(
         "sampling": sampling,
         "timeout_s": timeout_s,
         "prefix": prefix,
+        "request_id": request_id,
+        "service_class": service_class,
+        "ttft_s": ttft_s,
+        "tpot_s": tpot_s,
+        "session": session,
     }
     text = read_prompt(prompt, None)
     with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
@@ -135,25 +152,35 @@ def generate(
 
 
 def _print(events: Iterable[Event]) -> None:
-    """Print the text as it comes, and what it took on standard error."""
-    from cluster.client import Finished, TextDelta
+    """Print the text as it comes, and what it waited for and took on standard error."""
+    from cluster.client import Finished, Queued, TextDelta
 
     scored: list[ScoredToken] = []
     for event in events:
         if isinstance(event, TextDelta):
             typer.echo(event.text, nl=False)
             scored += event.logprobs
+        elif isinstance(event, Queued):
+            typer.echo(_waiting(event), err=True)
         elif isinstance(event, Finished):
-            usage, timings = event.usage, event.timings
             typer.echo()
             if scored:
                 Console(stderr=True).print(_logprobs_table(scored))
-            typer.echo(
-                f"[{event.finish_reason}: {usage.completion_tokens} tokens, "
-                f"prompt {usage.prompt_tokens} ({usage.cached_tokens} cached), "
-                f"TTFT {timings.ttft_s * 1e3:.0f} ms, {timings.total_s:.2f} s]",
-                err=True,
-            )
+            typer.echo(_end(event), err=True)
+
+
+def _waiting(event: Queued) -> str:
+    estimate = "" if event.estimate_s is None else f", about {event.estimate_s:.1f} s"
+    return f"[queued: {event.position} before it{estimate}]"
+
+
+def _end(event: Finished) -> str:
+    usage, timings = event.usage, event.timings
+    return (
+        f"[{event.finish_reason}: {usage.completion_tokens} tokens, "
+        f"prompt {usage.prompt_tokens} ({usage.cached_tokens} cached), "
+        f"TTFT {timings.ttft_s * 1e3:.0f} ms, {timings.total_s:.2f} s]"
+    )
 
 
 def _logprobs_table(scored: Iterable[ScoredToken]) -> Table:

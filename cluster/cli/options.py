@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from cluster.errors import InvalidArgumentError
+from cluster.types import ServiceClass
 
 if TYPE_CHECKING:
     from cluster.client import Client, Tls
@@ -44,6 +45,19 @@ ApiKeyFile = Annotated[
     typer.Option(
         metavar="FILE", help=f"Holds your API key; without it {API_KEY_VARIABLE} is read."
     ),
+]
+OBJECTIVE = "Latency objective: a class, or times"
+OfClass = Annotated[
+    ServiceClass | None,
+    typer.Option("--class", help="Whose latency objective it gets.", rich_help_panel=OBJECTIVE),
+]
+TtftS = Annotated[
+    float | None,
+    typer.Option(help="Own objective: seconds to the first token.", rich_help_panel=OBJECTIVE),
+]
+TpotS = Annotated[
+    float | None,
+    typer.Option(help="Own objective: seconds per further token.", rich_help_panel=OBJECTIVE),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

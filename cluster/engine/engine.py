@@ -225,8 +225,11 @@ class Engine:
     def load(self) -> ReplicaLoad:
         """Return how busy the engine is; takes time in proportion to the requests it has."""
         running, waiting = self._scheduler.running.values(), self._scheduler.waiting.values()
-        num_to_prefill = sum(s.num_remaining_tokens for s in waiting)
+        num_to_prefill = sum(
+            max(1, s.num_remaining_tokens - s.num_expected_tokens) for s in waiting
+        )
         num_to_prefill += sum(s.num_remaining_tokens for s in running if not s.is_decoding)
+        due, late_s = self._scheduler.work(self._clock.now())
         return ReplicaLoad(
             num_running=len(running),
             num_waiting=len(waiting),
@@ -238,6 +241,11 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
             step_cost=self.step_time.cost,
             cache=self._tiers.load() if self._tiers is not None else CacheLoad(),
+            due=due,
+            late_s=late_s,
+            prefill_token_s=self._scheduler.prefill_time.token_s(),
+            fetch_block_s=0.0 if self._store is None else self._store.fetch_block_s,
+            decode_step_s=self._scheduler.prefill_time.decode_step_s(),
         )
 
     @property

@@ -3,17 +3,18 @@
 A step takes, until its budget of tokens or of time (pace.py) or its number of sequences is used up,
 
     1. the next token of every sequence that is decoding,
-    2. the next chunk of the prompts that have begun,
-    3. the first chunk of waiting sequences, in order of arrival.
+    2. chunks of prompts, begun or waiting, the most urgent ones first (prompt_order.py).
 
-When blocks run out, the sequence that came last gives up all of its own and goes back to the head
-of the waiting ones; what it generated becomes part of the prompt that it computes again. Hence
+A waiting sequence that is begun gets the blocks of all its tokens so far. When blocks run out for a
+token, batch work, then the sequence that was begun last gives up all of its own and waits again;
+what it generated becomes part of the prompt that it computes again. A prompt that can still be in
+time takes blocks and places of batch work, and of prompts that cannot.
 
-    running  | 3 | 4 | 6 | 7 |    waiting  | 8 | 9 | 10 | 11 |     in order of arrival
+    running  | 3 | 7 | 4 | 6 |   in the order in which they were begun: 3 always gets what it needs
 
-every running sequence came before every waiting one, the first one always gets what it needs, and
-nothing starves. Nor do chunks and decodes starve each other: decodes go first, and a sequence joins
-them only with a token of the budget that they left over, so that they never outgrow it.
+So the first one always ends, and nothing starves. Nor do chunks and decodes starve each other:
+decodes go first, and a sequence joins them only with a token of the budget that they left over, so
+that they never outgrow it.
 
 Blocks of a prompt that a tier below the KV cache has are not computed. A sequence whose blocks are
 on their way from the store computes those before them, then waits, for a time: it holds blocks and
@@ -29,12 +30,17 @@ from typing import NamedTuple
 
 from cluster.config import EngineConfig
 from cluster.engine.pace import step_limit_s
+from cluster.engine.prefill_time import PrefillTime
 from cluster.engine.prefix_cache import PrefixCache
+from cluster.engine.prompt_order import PromptOrder
 from cluster.engine.sequence import Sequence, SequenceState
 from cluster.engine.step_time import StepTimeModel, max_prompt_tokens
 from cluster.engine.tiers import Tiers
 from cluster.errors import OverloadedError
-from cluster.types import StepShape
+from cluster.types import DueWork, ServiceClass, StepShape
+
+MAX_BATCH_PREEMPTIONS = 3
+"""After so many a sequence of the batch class makes room for nobody any more: it has to end too."""
 
 
 class Chunk(NamedTuple):
@@ -115,7 +121,9 @@ class Scheduler:
         self._max_num_running = config.max_num_seqs * max_in_flight
         self.tiers: Tiers | None = None  # below the cache
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()
-        self.running: dict[int, Sequence] = {}
+        self.running: dict[int, Sequence] = {}  # in the order in which they were begun
+        self._order = PromptOrder(config)
+        self.prefill_time = PrefillTime(config, step_time, self.running)
         # Since start; a sequence that is admitted again after a preemption is not counted again.
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
@@ -136,14 +144,18 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Let a new sequence wait, after all that came before it."""
         self.waiting[sequence.seq_id] = sequence
+        sequence.num_expected_tokens = self._block_size * len(self._match(sequence))
+        self._order.add(sequence)
 
     def schedule(self, now_s: float) -> Batch:
         """Return the next step, empty if there is nothing to do; it is in flight from now on."""
         batch = Batch(self._config.max_num_batched_tokens, self._config.max_num_seqs)
+        self._make_room(now_s)
         decoding: list[Sequence] = []
         prompts: list[Sequence] = []
         for sequence in self.running.values():
             (decoding if sequence.is_decoding else prompts).append(sequence)
+        decoding.sort(key=self._is_batch)  # who takes blocks goes before those who give them
         self._take_decodes(batch, decoding)
         if self.tiers is not None:  # not before: who decodes may have to wait for blocks
             decodes = (chunk.sequence for chunk in batch.chunks)
@@ -154,11 +166,14 @@ class Scheduler:
             self._limit_prompts(batch, decoding, prompts, now_s)
             if self.tiers is not None:
                 self.tiers.limit_restores(self._slack_s(batch))
-            self._take_begun_prompts(batch, prompts, now_s)
-            self._take_waiting(batch, now_s)
+            self._take_prompts(batch, len(prompts), now_s)
         if self.tiers is not None:
             self.tiers.plan_copies(has_prompts=batch.num_prompt_tokens > 0)
         return batch
+
+    def work(self, now_s: float) -> tuple[tuple[DueWork, ...], float]:
+        """Return the prompts to be computed as `ReplicaLoad.due` and `late_s`."""
+        return self._order.work(now_s, self.prefill_time.of())
 
     def waits_until_s(self) -> float:
         """Return when the first of those that wait for the store goes on without it, at most."""
@@ -168,6 +183,8 @@ class Scheduler:
         """Note that a chunk is computed; if its sequence ended meanwhile, free its blocks."""
         sequence = chunk.sequence
         sequence.num_computed_tokens += chunk.num_tokens
+        if not sequence.num_remaining_tokens:
+            self._order.discard(sequence)
         self._register_full_blocks(sequence)
         self.abandon(chunk)
 
@@ -186,14 +203,19 @@ class Scheduler:
         self.waiting.pop(sequence.seq_id, None)
         self.running.pop(sequence.seq_id, None)
         sequence.state = SequenceState.FINISHED
+        self._order.discard(sequence)
         self._give_up_fetch(sequence)
         if not sequence.in_flight:
             self._release_blocks(sequence)
 
     def check_invariants(self) -> None:
-        """Assert that states, queues, blocks and the order of arrival agree."""
-        order = [*self.running, *self.waiting]
-        assert order == sorted(order), f"not in order of arrival: {order}"
+        """Assert that states, queues and blocks agree."""
+        self._order.check_invariants()
+        prompts = [s for s in self.running.values() if s.num_remaining_tokens and not s.is_decoding]
+        for sequence in (*prompts, *self.waiting.values()):
+            assert sequence in self._order, f"nobody computes the prompt of {sequence.seq_id}"
+        num_decoding = sum(s in self._order for s in self.running.values() if s.is_decoding)
+        assert len(self._order) == len(prompts) + len(self.waiting) + num_decoding
         assert len(self.running) <= self._max_num_running
         for sequence in self.waiting.values():
             assert sequence.state is SequenceState.WAITING and not sequence.in_flight
@@ -260,21 +282,71 @@ class Scheduler:
             return math.inf
         return batch.limit_s - cost.seconds(batch.shape)
 
-    def _take_begun_prompts(self, batch: Batch, prompts: list[Sequence], now_s: float) -> None:
-        for sequence in prompts:
-            if batch.is_full:
+    def _take_prompts(self, batch: Batch, num_begun: int, now_s: float) -> None:
+        """Take chunks of prompts, the most urgent first; who waits is begun if there is room."""
+        self._order.review(now_s, self.prefill_time.of)
+        can_begin = True
+        for sequence in self._order:
+            if batch.is_full or not (num_begun or can_begin):
                 return
+            if sequence.state is SequenceState.RUNNING:
+                if sequence.in_flight or sequence.is_decoding:
+                    continue
+                num_begun -= 1
+            elif sequence.state is SequenceState.WAITING:
+                # Others wait behind one that finds no room, or large ones would never find any.
+                can_begin = can_begin and self._begin(sequence, now_s)
+                if not can_begin:
+                    continue
+                if sequence.num_computed_tokens:  # what it has cached, its chunk looks at too
+                    self._fit_budget(batch, sequence.num_computed_tokens)
+                    if batch.is_full:
+                        return
             self._take_prompt(batch, sequence, now_s)
 
-    def _take_waiting(self, batch: Batch, now_s: float) -> None:
-        while self.waiting and not batch.is_full and len(self.running) < self._max_num_running:
-            sequence = next(iter(self.waiting.values()))
-            if not self._admit(sequence, now_s):
-                return
-            if sequence.num_computed_tokens:  # what it has cached, its chunk looks at too
-                self._fit_budget(batch, sequence.num_computed_tokens)
-            if not batch.is_full:
-                self._take_prompt(batch, sequence, now_s)
+    def _make_room(self, now_s: float) -> None:
+        """Begin the most urgent waiting sequence while batch work can still yield to it.
+
+        Once a decode has its place in the step, its blocks are not free before the step is over.
+        """
+        if not self.waiting or not any(self._yields(s) for s in self.running.values()):
+            return
+        self._order.review(now_s, self.prefill_time.of)
+        first = next((s for s in self._order if s.state is SequenceState.WAITING), None)
+        if first is not None and self._yielding(first) is not None:
+            self._begin(first, now_s)
+
+    def _begin(self, sequence: Sequence, now_s: float) -> bool:
+        """Let a waiting sequence run if there is room for it, or others have to make room."""
+        while not (len(self.running) < self._max_num_running and self._admit(sequence, now_s)):
+            victim = self._yielding(sequence)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        return True
+
+    def _yielding(self, sequence: Sequence) -> Sequence | None:
+        """Return who gives up its blocks for a sequence that is to begin; None: nobody."""
+        if sequence.request.service_class is ServiceClass.BATCH or self._order.is_late(sequence):
+            return None
+        yielding = [s for s in self.running.values() if self._yields(s)]
+        num_free = self._cache.num_free_blocks + sum(len(s.block_table) for s in yielding)
+        if not yielding or num_free * self._block_size < sequence.num_tokens:
+            return None  # all of them would not be enough
+        return yielding[-1]
+
+    def _yields(self, sequence: Sequence) -> bool:
+        if sequence.in_flight:
+            return False
+        if self._is_batch(sequence):
+            return True
+        is_late = self._order.is_late(sequence) and not sequence.num_output_tokens
+        return is_late and sequence.num_preemptions < MAX_BATCH_PREEMPTIONS
+
+    def _is_batch(self, sequence: Sequence) -> bool:
+        is_batch = sequence.request.service_class is ServiceClass.BATCH
+        is_batch = is_batch and self._config.order != "fcfs"
+        return is_batch and sequence.num_preemptions < MAX_BATCH_PREEMPTIONS
 
     def _take_prompt(self, batch: Batch, sequence: Sequence, now_s: float) -> None:
         """Take the next chunk of a prompt, unless it waits for blocks of other tiers."""
@@ -293,7 +365,9 @@ class Scheduler:
             if sequence.fetch is not None:  # what is on its way need not be computed
                 ahead = sequence.fetch.start * self._block_size - sequence.num_computed_tokens
                 most = min(most, ahead) if ahead > 0 else most
+        num_tokens = batch.budget_tokens
         batch.add_prompt(sequence, most)
+        self._order.charge(sequence, num_tokens - batch.budget_tokens)
 
     def _catch_up(self, sequence: Sequence, now_s: float) -> bool:
         """Take the blocks that come next from other tiers; return whether to compute now."""
@@ -352,29 +426,43 @@ class Scheduler:
     def _reserve_next_token(self, sequence: Sequence) -> bool:
         """Give a decoding sequence the block that its next token needs, or return False: wait.
 
-        It may take blocks from those that came later, the last one first. Where that one is in
-        flight it waits: to preempt another one instead would break the order of arrival.
+        It may take blocks from batch work, and from those that were begun later, the last one
+        first. Where that one is in flight it waits: to preempt another one instead would break the
+        order.
         """
         if len(sequence.block_table) * self._block_size >= sequence.num_tokens:
             return True
         while self._cache.num_free_blocks == 0:
-            last = next(reversed(self.running.values()))
-            if last is sequence or last.in_flight:
+            victim = self._victim(sequence)
+            if victim is sequence or victim.in_flight:
                 return False
-            self._preempt(last)
+            self._preempt(victim)
+        self._order.charge(sequence, self._block_size)
         sequence.block_table += tuple(self._cache.allocate(1))
         return True
 
+    def _victim(self, sequence: Sequence) -> Sequence:
+        """Return who gives up its blocks for a running one; itself: it has to wait."""
+        if not self._is_batch(sequence):
+            for other in reversed(self.running.values()):
+                if self._is_batch(other) and not other.in_flight:
+                    return other
+        return next(reversed(self.running.values()))
+
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preemptions += 1
+        sequence.num_preemptions += 1
+        self._order.discard(sequence)
         del self.running[sequence.seq_id]
         self.waiting[sequence.seq_id] = sequence
         self.waiting.move_to_end(sequence.seq_id, last=False)
         sequence.state = SequenceState.WAITING
         self._release_blocks(sequence)
         sequence.num_computed_tokens = 0
+        sequence.num_expected_tokens = self._block_size * len(self._match(sequence))
         sequence.is_first_run = False
         self._give_up_fetch(sequence)
+        self._order.add(sequence)
 
     def _admit(self, sequence: Sequence, now_s: float) -> bool:
         """Let a waiting sequence run if all of its tokens so far find blocks.
@@ -383,7 +471,7 @@ class Scheduler:
         two prompts took the blocks that were enough for one.
         """
         num_matchable = sequence.num_matchable_blocks
-        matched = self._cache.match(sequence.block_hash(i) for i in range(num_matchable))
+        matched = self._match(sequence)
         num_new_blocks = -(-sequence.num_tokens // self._block_size) - len(matched)
         if not self._cache.has_room(matched, num_new_blocks):
             return False
@@ -391,6 +479,7 @@ class Scheduler:
         sequence.block_table = (*matched, *self._cache.allocate(num_new_blocks))
         sequence.num_registered_blocks = len(matched)
         sequence.num_computed_tokens = len(matched) * self._block_size
+        sequence.num_expected_tokens = sequence.num_computed_tokens
         if sequence.admitted_s is None:
             sequence.admitted_s = now_s
             sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -404,6 +493,11 @@ class Scheduler:
         sequence.state = SequenceState.RUNNING
         self.running[sequence.seq_id] = self.waiting.pop(sequence.seq_id)
         return True
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Return the blocks of a sequence's tokens that are cached."""
+        num_matchable = sequence.num_matchable_blocks
+        return self._cache.match(sequence.block_hash(i) for i in range(num_matchable))
 
     def _register_full_blocks(self, sequence: Sequence) -> None:
         """Enter newly filled blocks into the prefix cache; an earlier copy replaces ours."""

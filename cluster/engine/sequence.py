@@ -76,6 +76,8 @@ class Sequence:
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_expected_tokens",
+        "num_preemptions",
         "num_prompt_tokens",
         "num_registered_blocks",
         "request",
@@ -98,6 +100,8 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.max_num_tokens = max_num_tokens(request, traits)  # ends at this many
         self.num_computed_tokens = 0  # in the KV cache
+        self.num_expected_tokens = 0  # that need not be computed, when it was last looked up
+        self.num_preemptions = 0
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when first admitted
         # A tuple, because every plan carries it: it is rebuilt once per block, not once per step.
         self.block_table: tuple[int, ...] = ()
@@ -116,6 +120,16 @@ class Sequence:
         self._block_size = traits.block_size
         self._root_hash = root_hash(traits.fingerprint, request.salt)
         self._block_hashes: list[bytes] = []
+
+    @property
+    def tenant(self) -> str:
+        """Who shares a fair share."""
+        return self.request.tenant
+
+    @property
+    def tenant_weight(self) -> float:
+        """Of this share."""
+        return self.request.tenant_weight
 
     @property
     def num_tokens(self) -> int:

@@ -135,6 +135,13 @@ class StoreTier:
         return StoreState.DEGRADED
 
     @property
+    def fetch_block_s(self) -> float:
+        """Seconds per block of a prompt that is read; 0 while nothing is read."""
+        if self._reads.state is not BreakerState.CLOSED:
+            return 0.0
+        return self._times.seconds(self._piece_blocks * self._block_nbytes) / self._piece_blocks
+
+    @property
     def is_writable(self) -> bool:
         """Whether anything is written at present."""
         return self._writes.state is BreakerState.CLOSED

@@ -18,20 +18,14 @@ class Admission:
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
         self._live: set[str] = set()  # ids of admitted requests
-        self._num_queued = 0
         self._is_closed = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def num_inflight(self) -> int:
-        """Requests that were admitted and have not ended, the queued ones included."""
+        """Requests that were admitted and have not ended, those that wait for a replica too."""
         return len(self._live)
-
-    @property
-    def num_queued(self) -> int:
-        """Requests that wait for a replica."""
-        return self._num_queued
 
     def close(self) -> None:
         """Admit no more requests."""
@@ -74,26 +68,7 @@ class Admission:
             if not self._live:
                 self._idle.set()
 
-    @contextmanager
-    def queue(self) -> Iterator[int]:
-        """Hold a place in the queue for a replica; gives the number of requests before it.
-
-        Raises:
-            OverloadedError: The queue is full.
-        """
-        limit = self._config.max_queued_requests
-        if self._num_queued >= limit:
-            raise OverloadedError(
-                f"no replica is ready and {self._num_queued} requests wait for one, "
-                f"gateway.max_queued_requests={limit}: try again later",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        self._num_queued += 1
-        try:
-            yield self._num_queued - 1
-        finally:
-            self._num_queued -= 1
-
     def check_invariants(self) -> None:
         """Assert what must hold at all times."""
-        assert 0 <= self._num_queued <= len(self._live) <= self._config.max_inflight_requests
+        assert len(self._live) <= self._config.max_inflight_requests
+        assert self._idle.is_set() == (not self._live)

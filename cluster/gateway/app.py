@@ -21,6 +21,7 @@ from ray.serve.exceptions import RayServeException
 from cluster.autoscaler.actuator import environment, scaling_options
 from cluster.config import ClusterConfig, StoreConfig, parse_config
 from cluster.errors import ConfigError, SluiceError, UnavailableError
+from cluster.gateway.fleet import GATEWAY_LEASES
 from cluster.gateway.fleet_metrics import FleetCollector
 from cluster.gateway.grpc_server import GatewayServer
 from cluster.gateway.identity import Authenticator
@@ -41,7 +42,6 @@ from cluster.replica.ray_actors import STOP_MARGIN_S, WILDCARD_HOSTS, group_depl
 logger = logging.getLogger(__name__)
 
 APP_NAME = "sluice"
-GATEWAY_LEASES = "gateway"
 GATEWAY_NUM_CPUS = 0.1
 LEASE_INTERVAL_S = 0.25  # how soon a starting cluster is seen to be ready
 

@@ -60,7 +60,9 @@ class CacheServicer:
         async with self._ending(context):
             caller = self._caller(context)
             record = await self._parts.prefixes.put(await read_prefix(self._parts, request, caller))
-            await self._keeper.compute(record, caller.salt, remaining_of(context))
+            num_tokens = len(record.token_ids)
+            async with self._parts.rate_limiter.admit(caller, num_tokens, 1, lambda: 1):
+                await self._keeper.compute(record, caller.salt, remaining_of(context))
             prompt = Prompt(record.token_ids, caller.salt)
             num_stored = await self._await_stored(prompt, remaining_of(context)())
         return cache_pb2.RegisterPrefixResponse(prefix=self._prefix(record, num_stored))

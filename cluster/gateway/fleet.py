@@ -4,29 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from cluster.config import ReplicaConfig
 from cluster.errors import SluiceError, UnavailableError
-from cluster.gateway.leader_link import LeaderLink
+from cluster.gateway.leader_link import LeaderLink, WatchCounts
 from cluster.kvstore.registry import Registry
 from cluster.kvstore.store import Store
-from cluster.router.prefix_index import PrefixIndex
-from cluster.router.replica_table import ReplicaTable
+from cluster.router.dispatcher import Dispatcher
 
 logger = logging.getLogger(__name__)
+
+GATEWAY_LEASES = "gateway"
+"""Kind of the leases by which gateways know of each other."""
 
 _POLL_INTERVAL_S = 0.25
 
 
 class Fleet:
-    """Links to the leaders; table and index hold those that can be routed to.
+    """Links to the leaders; those that can be routed to are in the dispatcher's table and index.
 
     The store may fail: a leader that is connected stays, whatever the store says of it.
+
+    Args:
+        config: Of the replicas.
+        store: Where they are registered; stays the caller's.
+        dispatcher: Routes to them, beside those of other gateways.
+        gateway_id: Of this gateway, as in its lease.
+        on_change: Called when a replica has come, gone, begun or ended to drain.
     """
 
-    def __init__(self, config: ReplicaConfig, store: Store) -> None:
-        self.table = ReplicaTable()
-        self.index = PrefixIndex()
+    def __init__(
+        self,
+        config: ReplicaConfig,
+        store: Store,
+        dispatcher: Dispatcher,
+        *,
+        gateway_id: str = "",
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.table = dispatcher.table
+        self.index = dispatcher.index
+        self.watch_counts = WatchCounts()
+        self._tell = on_change
+        self._dispatcher = dispatcher
+        self._store = store
+        self._gateway_id = gateway_id
+        self._peers: list[str] = []
         self._silence_s = config.lease_ttl_s
         self._registry = Registry(store)
         self._links: dict[str, LeaderLink] = {}
@@ -45,7 +69,7 @@ class Fleet:
         self._task = asyncio.create_task(self._poll(), name="fleet")
 
     async def stop(self) -> None:
-        """Close all connections; all requests end, those that wait for a replica too."""
+        """Close all connections; all requests at replicas end."""
         self._is_stopped = True
         if self._task is not None:
             self._task.cancel()
@@ -72,6 +96,7 @@ class Fleet:
     def _on_change(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        self._tell()
 
     async def _poll(self) -> None:
         while True:
@@ -81,9 +106,16 @@ class Fleet:
                 logger.exception("looking for replicas failed")
             await asyncio.sleep(_POLL_INTERVAL_S)
 
+    def _meet_peers(self, gateway_ids: list[str]) -> None:
+        """Take this gateway's place among those that have a lease."""
+        if gateway_ids != self._peers and self._gateway_id in gateway_ids:
+            self._peers = gateway_ids
+            self._dispatcher.set_peers(gateway_ids.index(self._gateway_id), len(gateway_ids))
+
     async def _reconcile(self) -> None:
         try:
             infos = await self._registry.list()
+            self._meet_peers([*await self._store.list_leases(GATEWAY_LEASES)])
         except SluiceError as error:
             if self._is_store_up:
                 logger.warning("store: %s; known replicas are kept", error)
@@ -98,6 +130,7 @@ class Fleet:
                     index=self.index,
                     silence_s=self._silence_s,
                     on_change=self._on_change,
+                    counts=self.watch_counts,
                 )
         leased = {info.replica_id for info in infos}
         for replica_id in [*self._links]:

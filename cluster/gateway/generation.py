@@ -1,13 +1,16 @@
-"""One admitted request: queue, route, stream, end."""
+"""One admitted request: place, stream, end."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from opentelemetry.trace import INVALID_SPAN, Span
 
 from cluster.config import ClusterConfig
 from cluster.errors import CancelledError, DeadlineError, OverloadedError, UnavailableError
@@ -16,15 +19,20 @@ from cluster.gateway.answer import Answer
 from cluster.gateway.fleet import Fleet
 from cluster.gateway.identity import Authenticator
 from cluster.gateway.prefixes import Prefixes
-from cluster.gateway.routing import PromptRouting
+from cluster.gateway.rate_limiter import RateLimiter
+from cluster.gateway.routing import PromptKeys
 from cluster.gateway.status import error_from_engine
 from cluster.gateway.tokenizer import Tokenizer
+from cluster.gateway.tracing import Tracing, describe, note_replica, note_ttft
+from cluster.gateway.waiting import WaitingRoom
 from cluster.metrics import Metrics
-from cluster.router.router import Candidate, Decision, Router
+from cluster.router.dispatcher import Dispatcher
+from cluster.router.route import Outcome, RouteRequest
 from cluster.rpc.sluice.v1 import inference_pb2
-from cluster.types import EngineOutput, EngineRequest, FinishReason
+from cluster.types import SLO, EngineOutput, EngineRequest, FinishReason
 
 _MAX_ATTEMPTS = 2  # replicas asked before their refusal is passed on
+_MIN_TTFT_S = 1e-6  # of an objective whose time is over
 _FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
@@ -41,9 +49,12 @@ class GatewayParts:
     tokenizer: Tokenizer
     prefixes: Prefixes
     fleet: Fleet
-    router: Router
+    dispatcher: Dispatcher
+    waiting: WaitingRoom
     admission: Admission
+    rate_limiter: RateLimiter
     metrics: Metrics
+    tracing: Tracing
     rng: random.Random  # of seeds and ids that clients leave to the server
     serial: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -55,6 +66,7 @@ class ClientCall:
     request_id: str  # the client's, or a new one
     remaining_s: Callable[[], float | None]  # seconds to the client's deadline; None is no bound
     send: Callable[[inference_pb2.GenerateStreamResponse], Awaitable[None]]
+    span: Span = INVALID_SPAN  # of the trace that it belongs to
     arrival_s: float = field(default_factory=time.monotonic)
 
 
@@ -64,27 +76,42 @@ class Generation:
     Args:
         parts: Of the gateway.
         call: Gets the events.
-        request: What the engine gets; its id and deadline are set with each attempt.
+        request: What the engine gets; id, deadline and objective are set with each attempt.
+        session: What the router knows its session by; empty is none.
     """
 
-    def __init__(self, parts: GatewayParts, call: ClientCall, request: EngineRequest) -> None:
+    def __init__(
+        self, parts: GatewayParts, call: ClientCall, request: EngineRequest, *, session: str = ""
+    ) -> None:
         self._parts = parts
         self._call = call
         self._request = request
         self._answer = Answer(parts.tokenizer, request.sampling)
-        self._routing = PromptRouting(
-            request.prompt_token_ids,
-            salt=request.salt,
-            fleet=parts.fleet,
-            router=parts.router,
-            metrics=parts.metrics,
+        remaining_s = call.remaining_s()
+        self._route = RouteRequest(
+            request_id=call.request_id,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            keys=PromptKeys(request.prompt_token_ids, salt=request.salt),
+            arrived_s=call.arrival_s,
+            slo=request.slo,
+            service_class=request.service_class,
+            tenant=request.tenant,
+            tenant_weight=request.tenant_weight,
+            session=session,
+            model=parts.config.model.served_name,
+            expires_s=math.inf if remaining_s is None else time.monotonic() + remaining_s,
         )
         self._seq = 0
         self._submitted_s = 0.0
         self._first_token_s = 0.0
 
-    async def run(self) -> None:
-        """Send events up to `finished`.
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return self._answer.num_tokens
+
+    async def run(self) -> bool:
+        """Send events up to `finished`; return whether the objective was kept.
 
         A replica that refuses the request, or is lost before its first token, is replaced once by
         the next best one: nothing of an answer has been seen yet.
@@ -92,60 +119,63 @@ class Generation:
         Raises:
             SluiceError: The request has failed.
         """
-        decision = await self._place()
-        candidates = decision.candidates[:_MAX_ATTEMPTS]
+        try:
+            await self._serve(await self._place())
+        finally:
+            # Before the last event: a client that does not read it holds no place at a replica.
+            self._parts.waiting.end(self._route.request_id)
+        return await self._finish()
+
+    async def _place(self) -> Outcome:
+        """Return where to go, as soon as a replica takes it."""
+        self._remaining_s()
+        dispatcher, span = self._parts.dispatcher, self._call.span
+        try:
+            return await self._parts.waiting.place(self._route, self._tell_place)
+        finally:
+            if span.is_recording():
+                explanation = dispatcher.explain(self._route.request_id)
+                describe(span, explanation, policy=self._parts.config.router.policy)
+
+    async def _tell_place(self, outcome: Outcome) -> None:
+        await self._send(
+            queued=inference_pb2.Queued(position=outcome.position, estimate_s=outcome.estimate_s)
+        )
+
+    async def _serve(self, outcome: Outcome) -> None:
+        """Have a replica answer, or the next best one."""
+        assert outcome.decision is not None, "what is dispatched goes somewhere"
+        candidates = outcome.decision.candidates[:_MAX_ATTEMPTS]
         for index, candidate in enumerate(candidates, start=1):
+            if index > 1:
+                self._parts.dispatcher.resend(self._route, candidate, time.monotonic())
             try:
-                await self._attempt(candidate)
+                await self._attempt(candidate.replica_id, outcome.slo)
                 break
             except (OverloadedError, UnavailableError):
                 if self._answer.num_tokens or index == len(candidates):
                     raise
-        await self._finish()
 
-    async def _place(self) -> Decision:
-        """Return where to go, as soon as a replica is there."""
-        decision = self._routing.pick()
-        if decision is not None:
-            return decision
-        timeout_s = self._parts.config.gateway.queue_timeout_s
-        give_up_s = time.monotonic() + timeout_s
-        with self._parts.admission.queue() as position:
-            await self._send(queued=inference_pb2.Queued(position=position))
-            while (decision := self._routing.pick()) is None:
-                wait_s = give_up_s - time.monotonic()
-                remaining_s = self._remaining_s()
-                try:
-                    await self._parts.fleet.wait_change(
-                        wait_s if remaining_s is None else min(wait_s, remaining_s)
-                    )
-                except TimeoutError:
-                    self._remaining_s()
-                    raise UnavailableError(
-                        f"no replica was ready within gateway.queue_timeout_s={timeout_s:g}: "
-                        "try again later"
-                    ) from None
-        return decision
-
-    async def _attempt(self, candidate: Candidate) -> None:
-        link = self._parts.fleet.link(candidate.replica_id)
+    async def _attempt(self, replica_id: str, slo: SLO) -> None:
+        link = self._parts.fleet.link(replica_id)
         if link is None:
-            raise UnavailableError(f"replica {candidate.replica_id} is gone: try again")
+            raise UnavailableError(f"replica {replica_id} is gone: try again")
         # Of this attempt alone: a late output of another one cannot be taken for ours.
         engine_id = f"{self._parts.gateway_id}.{next(self._parts.serial)}"
+        if slo.ttft_s is not None:  # what is left of it: the engine counts from its own arrival
+            spent_s = time.monotonic() - self._call.arrival_s
+            slo = replace(slo, ttft_s=max(_MIN_TTFT_S, slo.ttft_s - spent_s))
         stream = link.submit(
-            replace(self._request, request_id=engine_id, deadline_s=self._remaining_s())
+            replace(self._request, request_id=engine_id, deadline_s=self._remaining_s(), slo=slo)
         )
         self._submitted_s = time.monotonic()
-        table = self._parts.fleet.table
-        table.on_submit(candidate.replica_id, engine_id, candidate.num_uncached_tokens)
+        note_replica(self._call.span, replica_id)
         try:
-            await self._send(running=inference_pb2.Running(replica_id=candidate.replica_id))
+            await self._send(running=inference_pb2.Running(replica_id=replica_id))
             while self._answer.finish_reason is None:
                 await self._take(await stream.take())
         finally:
             link.cancel(engine_id)
-            table.on_end(candidate.replica_id, engine_id)
 
     async def _take(self, outputs: list[EngineOutput]) -> None:
         last = outputs[-1]
@@ -154,7 +184,7 @@ class Generation:
         if outputs:
             delta = self._answer.feed(outputs)
             if delta.token_ids or delta.text:
-                self._first_token_s = self._first_token_s or time.monotonic()
+                self._note_token()
                 await self._send(delta=delta)
         if self._answer.finish_reason is not None:
             return
@@ -163,12 +193,23 @@ class Generation:
         if last.finish_reason is FinishReason.CANCELLED:
             raise CancelledError("the replica cancelled the request")
 
-    async def _finish(self) -> None:
+    def _note_token(self) -> None:
+        """Note when the first token came, not when a slow client took it."""
+        if self._first_token_s:
+            return
+        self._first_token_s = time.monotonic()
+        dispatcher, metrics = self._parts.dispatcher, self._parts.metrics
+        dispatcher.on_first_token(self._route.request_id, self._first_token_s)
+        for ratio in dispatcher.take_prediction_errors():
+            metrics.ttft_prediction.observe(ratio)
+        note_ttft(self._call.span, self._first_token_s - self._call.arrival_s)
+
+    async def _finish(self) -> bool:
         answer, now_s = self._answer, time.monotonic()
         assert answer.finish_reason is not None, "an attempt ends with a reason or an error"
         arrival_s = self._call.arrival_s
         ttft_s = (self._first_token_s or now_s) - arrival_s
-        self._observe(ttft_s=ttft_s, total_s=now_s - arrival_s)
+        is_kept = self._observe(ttft_s=ttft_s, total_s=now_s - arrival_s)
         await self._send(
             finished=inference_pb2.Finished(
                 finish_reason=_FINISH_REASONS[answer.finish_reason],
@@ -184,22 +225,28 @@ class Generation:
                 ),
             )
         )
+        return is_kept
 
-    def _observe(self, *, ttft_s: float, total_s: float) -> None:
+    def _observe(self, *, ttft_s: float, total_s: float) -> bool:
+        """Count what was finished; return whether the objective that was asked for was kept."""
         metrics, answer = self._parts.metrics, self._answer
         metrics.ttft.observe(ttft_s)
         metrics.duration.observe(total_s)
         tpot_s = (total_s - ttft_s) / max(1, answer.num_tokens - 1)
+        slo, is_kept = self._request.slo, True
+        if slo.ttft_s is not None:
+            is_kept = ttft_s <= slo.ttft_s
+            metrics.slo.labels("ttft", str(is_kept).lower()).inc()
         if answer.num_tokens > 1:
             metrics.tpot.observe(tpot_s)
-        slo = self._request.slo
-        if slo.ttft_s is not None:
-            metrics.slo.labels("ttft", str(ttft_s <= slo.ttft_s).lower()).inc()
-        if slo.tpot_s is not None and answer.num_tokens > 1:
-            metrics.slo.labels("tpot", str(tpot_s <= slo.tpot_s).lower()).inc()
+            if slo.tpot_s is not None:
+                is_met = tpot_s <= slo.tpot_s
+                is_kept &= is_met
+                metrics.slo.labels("tpot", str(is_met).lower()).inc()
         metrics.prompt_tokens.inc(len(self._request.prompt_token_ids))
         metrics.cached_tokens.inc(answer.num_cached_tokens)
         metrics.completion_tokens.inc(answer.num_tokens)
+        return is_kept
 
     def _remaining_s(self) -> float | None:
         """Return the seconds to the client's deadline.

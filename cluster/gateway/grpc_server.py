@@ -22,14 +22,17 @@ from cluster.gateway.identity import Authenticator
 from cluster.gateway.listen import bind
 from cluster.gateway.prefix_keeper import PrefixKeeper
 from cluster.gateway.prefixes import Prefixes
+from cluster.gateway.rate_limiter import RateLimiter
 from cluster.gateway.servicer import InferenceServicer
 from cluster.gateway.stored_blocks import StoredBlocks
 from cluster.gateway.tokenizer import Tokenizer
+from cluster.gateway.tracing import Tracing, open_provider
+from cluster.gateway.waiting import WaitingRoom
 from cluster.gateway.wire import CACHE, INFERENCE, add_service
 from cluster.kvstore.block_store import BlockStore
 from cluster.kvstore.store import Store
 from cluster.metrics import Metrics
-from cluster.router.router import Router
+from cluster.router.dispatcher import Dispatcher
 from cluster.types import ReplicaSnapshot
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,8 @@ class GatewayServer:
         self._gateway_id = gateway_id
         self._metrics = metrics or Metrics(CollectorRegistry())
         self._admission = Admission(config.gateway)
+        self._rate_limiter = RateLimiter(store, on_error=config.gateway.rate_limit_on_error)
+        self._tracing = Tracing(open_provider(gateway_id))
         self._is_stopping = False
 
     @property
@@ -97,12 +102,13 @@ class GatewayServer:
                 used.
         """
         parts = await self._make_parts()
-        self._observe()
+        self._observe(parts.dispatcher)
         self._server = self._make_server(parts)
         port = bind(self._server, self._config.gateway)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         self._fleet.start()
+        self._waiting.start()
         self._prefixes.start()
         self._keeper.start()
         self._health_task = asyncio.create_task(self._announce(), name="health")
@@ -113,7 +119,20 @@ class GatewayServer:
         config = self._config
         authenticator = Authenticator(config.auth)
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.model)
-        self._fleet = Fleet(config.replica, self._store)
+        dispatcher = Dispatcher(config, rng=random.Random())
+        self._waiting = WaitingRoom(
+            dispatcher,
+            self._metrics,
+            queue_timeout_s=config.gateway.queue_timeout_s,
+            load_interval_s=config.replica.load_interval_s,
+        )
+        self._fleet = Fleet(
+            config.replica,
+            self._store,
+            dispatcher,
+            gateway_id=self._gateway_id,
+            on_change=self._waiting.poke,
+        )
         self._prefixes = Prefixes(
             self._store,
             config.gateway,
@@ -127,9 +146,12 @@ class GatewayServer:
             tokenizer=tokenizer,
             prefixes=self._prefixes,
             fleet=self._fleet,
-            router=Router(self._config.router),
+            dispatcher=dispatcher,
+            waiting=self._waiting,
             admission=self._admission,
+            rate_limiter=self._rate_limiter,
             metrics=self._metrics,
+            tracing=self._tracing,
             rng=random.Random(),
         )
 
@@ -162,8 +184,11 @@ class GatewayServer:
         if self._admission.num_inflight:
             logger.warning("%d requests did not finish in time", self._admission.num_inflight)
         await self._prefixes.stop()
+        await self._waiting.stop()
         await self._fleet.stop()
         await self._server.stop(_STOP_GRACE_S)
+        await self._rate_limiter.close()
+        await self._tracing.stop()
 
     async def _announce(self) -> None:
         """Report SERVING from the first connected replica on: later ones are waited for."""
@@ -175,12 +200,15 @@ class GatewayServer:
         for service in (health.OVERALL_HEALTH, *_SERVICES):
             await self._health.set(service, status)
 
-    def _observe(self) -> None:
+    def _observe(self, dispatcher: Dispatcher) -> None:
         metrics, fleet, admission = self._metrics, self._fleet, self._admission
         metrics.inflight.set_function(lambda: admission.num_inflight)
-        metrics.queued.set_function(lambda: admission.num_queued)
+        metrics.queued.set_function(lambda: dispatcher.num_queued)
         metrics.replicas.set_function(lambda: len(fleet.table))
         metrics.index.set_function(lambda: fleet.index.num_bytes)
+        metrics.index_dropped.set_function(lambda: fleet.index.num_dropped)
+        metrics.watch_resyncs.set_function(lambda: fleet.watch_counts.num_resyncs)
+        metrics.quarantines.set_function(lambda: fleet.watch_counts.num_quarantines)
 
 
 def _options(config: GatewayConfig) -> list[tuple[str, int]]:

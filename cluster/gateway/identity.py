@@ -13,6 +13,7 @@ import grpc
 from cluster.clock import Clock, WallClock
 from cluster.config import AuthConfig
 from cluster.errors import ConfigError, UnauthenticatedError
+from cluster.gateway.rate_limit import NO_LIMITS, RateLimits
 from cluster.gateway.tenants import Tenant, Tenants, read_tenants
 from cluster.gateway.web_token import WebTokens
 
@@ -30,6 +31,8 @@ class Caller:
     tenant: str = ""  # name; empty without authentication
     salt: bytes = field(default=b"", repr=False)  # of block hashes; who shares it shares blocks
     is_admin: bool = True  # may flush caches, and see what belongs to others
+    weight: float = 1.0  # of its fair share, > 0
+    limits: RateLimits = NO_LIMITS  # what it may ask for in a time
 
 
 class Authenticator:
@@ -83,7 +86,7 @@ class Authenticator:
         first = found[0]
         if any(tenant is not first for tenant in found):
             raise UnauthenticatedError("the credentials name different tenants: send one's own")
-        return Caller(first.name, first.salt, first.admin)
+        return Caller(first.name, first.salt, first.admin, first.weight, first.limits)
 
     def salt_of(self, tenant: str) -> bytes | None:
         """Return the salt of a tenant by name; None where there is no such tenant (any more)."""

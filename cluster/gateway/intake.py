@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from cluster.errors import InvalidArgumentError, NotFoundError
 from cluster.gateway import validation
 from cluster.gateway.generation import ClientCall, GatewayParts, Generation
 from cluster.gateway.identity import Caller
 from cluster.gateway.objective import read_slo
+from cluster.gateway.routing import session_key
 from cluster.rpc.sluice.v1 import inference_pb2
-from cluster.types import EngineRequest
+from cluster.types import NO_SLO, SLO, EngineRequest
 
 
 def limits_of(parts: GatewayParts) -> validation.Limits:
     """Return what requests are held against now."""
-    replicas = parts.fleet.table.snapshots()
+    lengths = parts.fleet.table.column("max_model_len")
     return validation.Limits(
         model=parts.config.model.served_name,
-        max_model_len=min(
-            [parts.tokenizer.max_model_len, *(r.info.max_model_len for r in replicas)]
-        ),
+        max_model_len=int(lengths.min(initial=parts.tokenizer.max_model_len)),
         vocab_size=parts.tokenizer.vocab_size,
         gateway=parts.config.gateway,
     )
@@ -41,24 +45,69 @@ async def serve_request(
     validation.check_request_id(call.request_id)
     validation.check_model(message.model, limits)
     validation.check_prompt_given(message)
-    sampling = validation.read_sampling(message.sampling, limits, seed=parts.rng.getrandbits(64))
-    slo = read_slo(message, parts.config.engine)
-    with parts.admission.admit(call.request_id):
-        token_ids, field = await _read_prompt(parts, message, limits)
-        prefix: tuple[int, ...] = ()
-        if message.prefix:
-            prefix = await parts.prefixes.tokens_of(caller, message.prefix, limits.model)
-        sampling = validation.fit_context(
-            sampling,
-            len(prefix) + len(token_ids),
-            limits,
-            prompt_field=field,
-            num_prefix_tokens=len(prefix),
-        )
-        request = EngineRequest(
-            call.request_id, prefix + token_ids, sampling, salt=caller.salt, slo=slo
-        )
-        await Generation(parts, call, request).run()
+    slo, service_class = read_slo(message, parts.config.engine)
+    draft = EngineRequest(
+        call.request_id,
+        (),
+        validation.read_sampling(message.sampling, limits, seed=parts.rng.getrandbits(64)),
+        salt=caller.salt,
+        slo=slo,
+        service_class=service_class,
+        tenant=caller.tenant,
+        tenant_weight=caller.weight,
+    )
+    session = session_key(message.session, caller.tenant)
+    with _goodput(parts, slo) as verdict, parts.admission.admit(call.request_id):
+        request = await _complete(parts, message, draft, limits, caller)
+        generation = Generation(parts, call, request, session=session)
+        async with parts.rate_limiter.admit(
+            caller,
+            len(request.prompt_token_ids),
+            request.sampling.max_tokens,
+            lambda: generation.num_output_tokens,
+        ):
+            verdict.is_kept = await generation.run()
+
+
+@dataclass(slots=True)
+class _Verdict:
+    is_kept: bool = False  # the objective
+
+
+@contextmanager
+def _goodput(parts: GatewayParts, slo: SLO) -> Iterator[_Verdict]:
+    """Count a request with an objective when it has ended; one that was wrong is not counted."""
+    verdict, is_counted = _Verdict(), slo != NO_SLO
+    try:
+        yield verdict
+    except (InvalidArgumentError, NotFoundError):
+        is_counted = False
+        raise
+    finally:
+        if is_counted:
+            parts.metrics.goodput.labels(str(verdict.is_kept).lower()).inc()
+
+
+async def _complete(
+    parts: GatewayParts,
+    message: inference_pb2.GenerateRequest,
+    draft: EngineRequest,
+    limits: validation.Limits,
+    caller: Caller,
+) -> EngineRequest:
+    """Return the request with its prompt, if prompt and answer fit the model's context."""
+    token_ids, field = await _read_prompt(parts, message, limits)
+    prefix: tuple[int, ...] = ()
+    if message.prefix:
+        prefix = await parts.prefixes.tokens_of(caller, message.prefix, limits.model)
+    sampling = validation.fit_context(
+        draft.sampling,
+        len(prefix) + len(token_ids),
+        limits,
+        prompt_field=field,
+        num_prefix_tokens=len(prefix),
+    )
+    return replace(draft, prompt_token_ids=prefix + token_ids, sampling=sampling)
 
 
 async def _read_prompt(

@@ -4,21 +4,26 @@
         ▲                                                                │ requests end, leaves
         └───────────────────────── backoff ◄─────────────────────────────┘ table and index
 
-A watch that falls silent or has a gap takes the replica out of table and index and is opened anew;
-the session goes on, because busy is not dead.
+A watch that falls silent takes the replica out of table and index and is opened anew; the session
+goes on, because busy is not dead. So does one whose messages skip, repeat or come out of order, and
+one that reports a load which cannot be true: the replica is quarantined. These two are opened anew
+after a pause, twice as long each time, so that a broken leader costs its gateways little.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 
 from cluster.errors import UnavailableError
 from cluster.gateway.stream import OutputStream
+from cluster.router.plausible import check_load
 from cluster.router.prefix_index import PrefixIndex
 from cluster.router.replica_table import ReplicaTable
 from cluster.rpc import convert
@@ -29,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _MIN_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 2.0
+_MIN_WATCH_PAUSE_S = 0.1
+_MAX_WATCH_PAUSE_S = 30.0
 _MAX_COMMANDS = 65536  # waiting to be written to a leader
 _WRITE_TIMEOUT_S = 5.0  # a leader that reads nothing for so long is given up
 _CHANNEL_OPTIONS = (
@@ -41,6 +48,14 @@ _CHANNEL_OPTIONS = (
 )
 
 
+@dataclass(slots=True)
+class WatchCounts:
+    """What was wrong with the watches of a gateway, since its start."""
+
+    num_resyncs: int = 0  # opened anew: a message was missing, repeated or out of order
+    num_quarantines: int = 0  # likewise: a report of the load could not be true
+
+
 class LeaderLink:
     """Keeps one leader connected for as long as it is running.
 
@@ -50,6 +65,7 @@ class LeaderLink:
         index: Likewise its blocks.
         silence_s: A watch that is silent for so long is given up, seconds.
         on_change: Called when the replica has come, gone, begun or ended to drain.
+        counts: What goes wrong with the watch is added to these.
     """
 
     def __init__(
@@ -60,12 +76,16 @@ class LeaderLink:
         index: PrefixIndex,
         silence_s: float,
         on_change: Callable[[], None],
+        counts: WatchCounts | None = None,
     ) -> None:
         self.info = info
         self._table = table
         self._index = index
         self._silence_s = silence_s
         self._on_change = on_change
+        self._counts = counts or WatchCounts()
+        self._watch_pause_s = 0.0  # before the present watch
+        self._next_watch_s = 0.0  # none is opened before, by the gateway's clock
         self._streams: dict[str, OutputStream] = {}
         self._commands: deque[engine_pb2.SessionRequest] = deque()
         self._has_commands = asyncio.Event()
@@ -191,6 +211,9 @@ class LeaderLink:
 
     async def _watch(self, stub: engine_pb2_grpc.EngineStub) -> None:
         while True:
+            # A new connection does not shorten the pause.
+            await asyncio.sleep(max(0.0, self._next_watch_s - time.monotonic()))
+            opened_s = time.monotonic()
             call = stub.Watch(engine_pb2.WatchRequest())
             try:
                 await self._follow(call)
@@ -198,38 +221,74 @@ class LeaderLink:
                 logger.warning(
                     "replica %s: no word for %g s", self.info.replica_id, self._silence_s
                 )
+            except _WatchError as error:
+                now_s = time.monotonic()
+                self._watch_pause_s = watch_pause_s(self._watch_pause_s, now_s - opened_s)
+                self._next_watch_s = now_s + self._watch_pause_s
+                logger.warning(
+                    "replica %s: %s; watched again in %g s",
+                    *(self.info.replica_id, error, self._watch_pause_s),
+                )
             finally:
                 call.cancel()
                 self._leave()
 
     async def _follow(self, call: _Watch) -> None:
-        """Apply a watch's messages until one is missing or late."""
+        """Apply a watch's messages.
+
+        Raises:
+            TimeoutError: One is late.
+            _WatchError: One is missing, or cannot be true.
+            UnavailableError: There are no more.
+        """
         expected_seq = 0
         now_s = asyncio.get_running_loop().time
         async with asyncio.timeout(self._silence_s) as silence:
             async for message in call:
                 silence.reschedule(now_s() + self._silence_s)
                 if message.seq != expected_seq or message.is_snapshot != (expected_seq == 0):
-                    logger.warning(
-                        "replica %s: watch message %d came in place of %d",
-                        *(self.info.replica_id, message.seq, expected_seq),
+                    self._counts.num_resyncs += 1
+                    kind = "a snapshot" if message.is_snapshot else "a change"
+                    raise _WatchError(
+                        f"watch message {message.seq}, {kind}, came in place of {expected_seq}"
                     )
-                    return
                 expected_seq += 1
                 self._apply(message)
         raise UnavailableError("the leader ended the watch")
 
     def _apply(self, message: engine_pb2.WatchResponse) -> None:
         replica_id, load = self.info.replica_id, convert.load_from_proto(message.load)
+        reason = check_load(load)
+        if reason is not None:
+            self._counts.num_quarantines += 1
+            raise _WatchError(f"quarantined, for it reports nonsense: {reason}")
+        now_s = time.monotonic()
         if message.is_snapshot:
+            # In this order: what is in the table has its slot in the index.
             self._index.replace(replica_id, message.added)
-            self._table.add(self.info, load)
+            self._table.add(self.info, load, now_s=now_s)
             self._is_connected = True
             self._on_change()
             return
         self._index.apply(replica_id, added=message.added, removed=message.removed)
-        if message.HasField("load") and self._table.on_load(replica_id, load):
+        if message.HasField("load") and self._table.on_load(replica_id, load, now_s=now_s):
             self._on_change()
+
+
+class _WatchError(Exception):
+    """What a leader's watch says cannot be used."""
+
+
+def watch_pause_s(last_s: float, kept_s: float) -> float:
+    """Return how long to wait before a leader whose watch went wrong is watched again, seconds.
+
+    Args:
+        last_s: The pause before that watch.
+        kept_s: So long it went well; after a good while the pauses begin anew.
+    """
+    if kept_s >= _MAX_WATCH_PAUSE_S:
+        last_s = 0.0
+    return min(max(_MIN_WATCH_PAUSE_S, 2 * last_s), _MAX_WATCH_PAUSE_S)
 
 
 _Session = grpc.aio.StreamStreamCall[engine_pb2.SessionRequest, engine_pb2.SessionResponse]

@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
-import math
-
-from cluster.config import EngineConfig, LatencyConfig
+from cluster.config import EngineConfig
 from cluster.errors import InvalidArgumentError
 from cluster.rpc.sluice.v1 import inference_pb2
-from cluster.types import SLO
+from cluster.types import NO_SLO, SLO, ServiceClass
+
+_MAX_TIME_S = 1e6  # eleven days: beyond that it is a mistake of unit
 
 
-def read_slo(message: inference_pb2.GenerateRequest, config: EngineConfig) -> SLO:
-    """Return the objective of a request: its class's, its own, or none.
+def read_slo(
+    message: inference_pb2.GenerateRequest, config: EngineConfig
+) -> tuple[SLO, ServiceClass]:
+    """Return the objective of a request, its class's, its own or none, and its class.
+
+    A request with times of its own is interactive: somebody cares when its tokens come.
 
     Args:
         message: Anything.
         config: Has the objectives of the classes.
 
     Raises:
-        InvalidArgumentError: The class is unknown, or a time is not above 0.
+        InvalidArgumentError: The class is unknown, or a time is out of bounds.
     """
     if message.WhichOneof("objective") == "latency":
-        return SLO(_read_time(message.latency, "ttft_s"), _read_time(message.latency, "tpot_s"))
+        latency = message.latency
+        slo = SLO(_read_time(latency, "ttft_s"), _read_time(latency, "tpot_s"))
+        return slo, ServiceClass.INTERACTIVE
+    if message.service_class == inference_pb2.SERVICE_CLASS_UNSPECIFIED:
+        return NO_SLO, ServiceClass.STANDARD
     classes = {
-        inference_pb2.SERVICE_CLASS_UNSPECIFIED: LatencyConfig(),
-        inference_pb2.SERVICE_CLASS_INTERACTIVE: config.interactive,
-        inference_pb2.SERVICE_CLASS_STANDARD: config.standard,
-        inference_pb2.SERVICE_CLASS_BATCH: config.batch,
+        inference_pb2.SERVICE_CLASS_INTERACTIVE: (ServiceClass.INTERACTIVE, config.interactive),
+        inference_pb2.SERVICE_CLASS_STANDARD: (ServiceClass.STANDARD, config.standard),
+        inference_pb2.SERVICE_CLASS_BATCH: (ServiceClass.BATCH, config.batch),
     }
-    latency = classes.get(message.service_class)
-    if latency is None:
+    if message.service_class not in classes:
         raise InvalidArgumentError(
             f"service_class={message.service_class} is unknown: take interactive (1), standard (2) "
             "or batch (3)",
             field="service_class",
         )
-    return SLO(latency.ttft_s or None, latency.tpot_s or None)
+    service_class, figures = classes[message.service_class]
+    return SLO(figures.ttft_s or None, figures.tpot_s or None), service_class
 
 
 def _read_time(message: inference_pb2.LatencyObjective, name: str) -> float | None:
     if not message.HasField(name):
         return None
     value: float = getattr(message, name)
-    if not 0 < value < math.inf:
+    if not 0 < value <= _MAX_TIME_S:
         raise InvalidArgumentError(
-            f"{name}={value:g}, it is a finite time above 0, seconds: change it or leave it out",
+            f"{name}={value:g}, it is above 0 and at most {_MAX_TIME_S:g} seconds: "
+            "change it or leave it out",
             field=f"latency.{name}",
         )
     return value

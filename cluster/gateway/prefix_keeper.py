@@ -93,7 +93,14 @@ class PrefixKeeper:
         """
         request_id = f"prefix.{record.name}.{self._parts.rng.getrandbits(128):032x}"
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
-        request = EngineRequest(request_id, record.token_ids, sampling, salt=salt, pins_prefix=True)
+        request = EngineRequest(
+            request_id,
+            record.token_ids,
+            sampling,
+            salt=salt,
+            pins_prefix=True,
+            tenant=record.tenant,
+        )
         with self._parts.admission.admit(request_id):
             call = ClientCall(request_id, remaining_s, _discard)
             await Generation(self._parts, call, request).run()

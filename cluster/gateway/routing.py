@@ -1,66 +1,53 @@
-"""One prompt before the router, until a replica takes it."""
+"""What the router is told of a request: the keys of its prompt, and its session."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 
-from cluster.gateway.fleet import Fleet
+from cluster.errors import InvalidArgumentError
 from cluster.kvstore.block_hash import block_hashes, router_key
-from cluster.metrics import Metrics
-from cluster.router.router import Decision, Router
-from cluster.types import ReplicaSnapshot
+
+_MAX_SESSION_CHARS = 128
 
 
-class PromptRouting:
-    """Asks the router for one prompt, again and again if it must; hashes the prompt once.
+class PromptKeys:
+    """Router keys of one prompt's full blocks; hashes it once for each kind of replica.
+
+    Replicas of another fingerprint or block size (an upgrade is under way) know the prompt by other
+    keys.
 
     Args:
+        token_ids: Of the prompt.
         salt: Of the tenant, as the engines get it.
     """
 
-    def __init__(
-        self,
-        token_ids: tuple[int, ...],
-        *,
-        salt: bytes,
-        fleet: Fleet,
-        router: Router,
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, token_ids: tuple[int, ...], *, salt: bytes) -> None:
         self._token_ids = token_ids
         self._salt = salt
-        self._fleet = fleet
-        self._router = router
-        self._metrics = metrics
         self._keys: dict[tuple[str, int], list[int]] = {}
 
-    def pick(self) -> Decision | None:
-        """Choose among the replicas as they are now; None if there is none.
-
-        Replicas of another fingerprint or block size (an upgrade is under way) know the prompt by
-        other hashes: each kind is asked about by itself.
-        """
-        start_s = time.perf_counter()
-        kinds: dict[tuple[str, int], list[ReplicaSnapshot]] = {}
-        for replica in self._fleet.table.snapshots():
-            kind = (replica.info.fingerprint, replica.info.block_size)
-            kinds.setdefault(kind, []).append(replica)
-        decisions = [
-            decision
-            for kind, replicas in kinds.items()
-            if (decision := self._pick_among(kind, replicas)) is not None
-        ]
-        self._metrics.route.observe(time.perf_counter() - start_s)
-        return min(decisions, key=lambda decision: decision.chosen.score, default=None)
-
-    def _pick_among(
-        self, kind: tuple[str, int], replicas: list[ReplicaSnapshot]
-    ) -> Decision | None:
+    def __call__(self, fingerprint: str, block_size: int) -> Sequence[int]:
+        """Return the keys, for replicas of a fingerprint (hex) and a block size (tokens)."""
+        kind = (fingerprint, block_size)
         if kind not in self._keys:
             hashes = block_hashes(
-                self._token_ids, kind[1], fingerprint=bytes.fromhex(kind[0]), salt=self._salt
+                self._token_ids, block_size, fingerprint=bytes.fromhex(fingerprint), salt=self._salt
             )
             self._keys[kind] = [router_key(block_hash) for block_hash in hashes]
-        return self._router.pick(
-            self._keys[kind], len(self._token_ids), replicas, self._fleet.index
+        return self._keys[kind]
+
+
+def session_key(session: str, tenant: str) -> str:
+    """Return what the router knows a session by; empty is none. No two tenants share one.
+
+    Raises:
+        InvalidArgumentError: The name is too long or not printable.
+    """
+    if len(session) > _MAX_SESSION_CHARS or not session.isprintable():
+        raise InvalidArgumentError(
+            f"session has {len(session)} characters, limit={_MAX_SESSION_CHARS} printable ones: "
+            "choose another, or leave it out",
+            field="session",
         )
+    # A printable name has no NUL: the first one ends it, whatever the tenant is called.
+    return f"{session}\0{tenant}" if session else ""

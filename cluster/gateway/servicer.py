@@ -1,10 +1,11 @@
-"""The five methods of sluice.v1.Inference."""
+"""The six methods of sluice.v1.Inference."""
 
 from __future__ import annotations
 
 import math
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -12,6 +13,7 @@ import grpc
 
 from cluster.errors import InvalidArgumentError
 from cluster.gateway import validation
+from cluster.gateway.explain import check_visible, explanation_to_proto
 from cluster.gateway.generation import ClientCall, GatewayParts
 from cluster.gateway.identity import Caller, caller_of
 from cluster.gateway.intake import limits_of, serve_request
@@ -34,9 +36,9 @@ class InferenceServicer:
     ) -> None:
         """Answer with events."""
         message = request.request
-        call = ClientCall(self._request_id(message), remaining_of(context), context.write)
-        async with self._ending(context, call.request_id):
-            await serve_request(self._parts, message, call, self._caller(context))
+        request_id = self._request_id(message)
+        async with self._ending(context, request_id):
+            await self._serve(message, request_id, context, context.write)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -55,11 +57,24 @@ class InferenceServicer:
                 response.usage.CopyFrom(event.finished.usage)
                 response.timings.CopyFrom(event.finished.timings)
 
-        call = ClientCall(response.request_id, remaining_of(context), collect)
-        async with self._ending(context, call.request_id):
-            await serve_request(self._parts, request, call, self._caller(context))
+        async with self._ending(context, response.request_id):
+            await self._serve(request, response.request_id, context, collect)
         response.text = "".join(pieces)
         return response
+
+    async def _serve(
+        self,
+        message: inference_pb2.GenerateRequest,
+        request_id: str,
+        context: _Context,
+        send: Callable[[inference_pb2.GenerateStreamResponse], Awaitable[None]],
+    ) -> None:
+        arrival_s = time.monotonic()
+        caller = self._caller(context)
+        metadata = context.invocation_metadata() or ()
+        with self._parts.tracing.request(metadata, request_id, caller) as span:
+            call = ClientCall(request_id, remaining_of(context), send, span, arrival_s)
+            await serve_request(self._parts, message, call, caller)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context
@@ -96,7 +111,7 @@ class InferenceServicer:
         """Answer with what this gateway knows of the replica groups."""
         async with ending(context, "-"):
             self._caller(context)
-            fleet, admission = self._parts.fleet, self._parts.admission
+            fleet, num_queued = self._parts.fleet, self._parts.dispatcher.num_queued
             known = {snapshot.info.replica_id: snapshot for snapshot in fleet.table.snapshots()}
             return inference_pb2.ClusterStatusResponse(
                 replicas=[
@@ -107,9 +122,23 @@ class InferenceServicer:
                     )
                     for link in fleet.links
                 ],
-                num_queued=admission.num_queued,
-                num_inflight=admission.num_inflight - admission.num_queued,
+                num_queued=num_queued,
+                num_inflight=self._parts.admission.num_inflight - num_queued,
                 gateway_id=self._parts.gateway_id,
+            )
+
+    async def Explain(
+        self, request: inference_pb2.ExplainRequest, context: _Context
+    ) -> inference_pb2.ExplainResponse:
+        """Answer with why a request went where it went."""
+        async with ending(context, "-"):
+            caller = self._caller(context)
+            validation.check_request_id(request.request_id)
+            found = self._parts.dispatcher.explain(request.request_id)
+            return explanation_to_proto(
+                check_visible(found, request.request_id, caller),
+                policy=self._parts.config.router.policy,
+                now_s=time.monotonic(),
             )
 
     def _request_id(self, message: inference_pb2.GenerateRequest) -> str:

@@ -53,7 +53,7 @@ def error_from_engine(text: str) -> SluiceError:
 def status_of(error: SluiceError) -> Status:
     """Return an error's code, message and details."""
     message = str(error)[:_MAX_MESSAGE_CHARS]
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.code, domain=_DOMAIN)]
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=_reason(error), domain=_DOMAIN)]
     if isinstance(error, InvalidArgumentError) and error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.field, description=message
@@ -69,6 +69,11 @@ def status_of(error: SluiceError) -> Status:
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def _reason(error: SluiceError) -> str:
+    """Return what programs tell errors of one code apart by; it never changes."""
+    return (isinstance(error, OverloadedError) and error.reason) or error.code
 
 
 async def abort(context: grpc.aio.ServicerContext[Message, Message], error: SluiceError) -> None:

@@ -6,6 +6,10 @@
         certificate: [agent.team-a.example] # common names, or DNS and URI names, of certificates
         group: research                     # tenants of one group share; empty: with nobody
         admin: true                         # may flush caches and see the whole store
+        weight: 2.0                         # of its fair share of what is computed; 1 by default
+        requests_per_minute: 600            # of all gateways together; 0, the default: no limit
+        tokens_per_minute: 1000000          # likewise, of prompts and answers
+        max_streams: 50                     # likewise, requests that have not ended
 
 What the file holds is not repeated in errors: it may be a key by mistake.
 """
@@ -22,10 +26,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import ConfigError
+from cluster.gateway.rate_limit import RateLimits
 
 FIELD = "auth.tenants_file"
 _NAME = r"^[a-zA-Z0-9_.@-]{1,128}$"
 _SALT_BYTES = 16
+_MAX_LIMIT = 10**12  # sums of counters stay whole numbers in every store
 _MAX_TENANTS = 10_000  # a gateway reads the file on the loop that streams run on
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if it was built
 
@@ -40,6 +46,15 @@ class Tenant(BaseModel):
     certificate: tuple[Annotated[str, Field(min_length=1, max_length=512)], ...] = ()
     group: str = Field("", pattern=f"^$|{_NAME}")
     admin: bool = False
+    weight: float = Field(1.0, ge=1e-6, le=1e6, strict=True)
+    requests_per_minute: int = Field(0, ge=0, le=_MAX_LIMIT, strict=True)
+    tokens_per_minute: int = Field(0, ge=0, le=_MAX_LIMIT, strict=True)
+    max_streams: int = Field(0, ge=0, le=_MAX_LIMIT, strict=True)
+
+    @property
+    def limits(self) -> RateLimits:
+        """What it may ask for in a time."""
+        return RateLimits(self.requests_per_minute, self.tokens_per_minute, self.max_streams)
 
     @property
     def salt(self) -> bytes:

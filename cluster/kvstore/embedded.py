@@ -1,4 +1,4 @@
-"""Leases, journals and records in the memory of one process: the one-machine default.
+"""Leases, counters, journals and records in the memory of one process: the one-machine default.
 
     journals   order of the last append    | j3 | j1 | j8 |          dropped from the left
 
@@ -16,9 +16,16 @@ from dataclasses import dataclass, field
 from cluster.clock import Clock
 from cluster.config import StoreConfig
 from cluster.errors import OverloadedError
-from cluster.kvstore.store import MAX_RECORDS, Records, check_record, too_many_records
+from cluster.kvstore.store import (
+    MAX_COUNT,
+    MAX_RECORDS,
+    Records,
+    check_record,
+    too_many_records,
+)
 
 MAX_JOURNAL_BYTES = 64 * 2**20
+MAX_COUNTERS = 2**17
 _ENTRY_OVERHEAD_BYTES = 64
 
 
@@ -26,6 +33,12 @@ _ENTRY_OVERHEAD_BYTES = 64
 class _Expiring:
     value: bytes
     expires_s: float
+
+
+@dataclass(slots=True)
+class _Counter:
+    expires_s: float
+    sum: int = 0
 
 
 @dataclass(slots=True)
@@ -51,6 +64,7 @@ class EmbeddedStore:
         self._clock = clock
         self._max_journal_bytes = max_journal_bytes
         self._leases: dict[str, dict[str, _Expiring]] = {}
+        self._counters: OrderedDict[str, _Counter] = OrderedDict()  # by their first additions
         self._records: dict[str, dict[str, bytes]] = {}
         self._born = uuid.uuid4().hex  # no version of another life of this store is like ours
         self._num_changes: dict[str, int] = {}
@@ -70,6 +84,28 @@ class EmbeddedStore:
     async def list_leases(self, kind: str) -> dict[str, bytes]:
         """Return the live leases of a kind, ordered by key."""
         return {key: lease.value for key, lease in sorted(self._live_leases(kind).items())}
+
+    async def count(
+        self, key: str, amount: int, ttl_s: float, *, at_most: int | None = None
+    ) -> int:
+        """Add to a counter, which is 0 at first; return the sum, the amount included.
+
+        Raises:
+            OverloadedError: There are too many counters.
+        """
+        counter = self._live_counter(key)
+        total = amount + (counter.sum if counter else 0)
+        assert abs(total) <= MAX_COUNT, f"{key=} {total=}"
+        if amount == 0 or (at_most is not None and total > at_most):
+            return total
+        if counter is None:
+            if len(self._counters) >= MAX_COUNTERS:
+                raise OverloadedError(
+                    f"{MAX_COUNTERS} counters, limit={MAX_COUNTERS}: use fewer, or a Redis"
+                )
+            counter = self._counters[key] = _Counter(self._clock.now() + ttl_s)
+        counter.sum = total
+        return total
 
     async def put_record(
         self, kind: str, key: str, value: bytes, *, if_absent: bool = False
@@ -154,6 +190,20 @@ class EmbeddedStore:
         now_s = self._clock.now()
         leases = self._leases.get(kind, {})
         return {key: lease for key, lease in leases.items() if lease.expires_s > now_s}
+
+    def _live_counter(self, key: str) -> _Counter | None:
+        """Return a counter, and forget what has expired before the first that has not."""
+        now_s = self._clock.now()
+        while self._counters:
+            oldest = next(iter(self._counters))
+            if self._counters[oldest].expires_s > now_s:
+                break
+            del self._counters[oldest]
+        counter = self._counters.get(key)
+        if counter is not None and counter.expires_s <= now_s:
+            del self._counters[key]
+            return None
+        return counter
 
     def _live_journal(self, key: str) -> _Journal | None:
         journal = self._journals.get(key)

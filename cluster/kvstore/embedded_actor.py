@@ -105,6 +105,12 @@ class EmbeddedStoreClient:
         leases: dict[str, bytes] = await self._call("list_leases", kind)
         return leases
 
+    async def count(
+        self, key: str, amount: int, ttl_s: float, *, at_most: int | None = None
+    ) -> int:
+        """Add to a counter, which is 0 at first; return the sum, the amount included."""
+        return int(await self._call("count", key, amount, ttl_s, at_most=at_most))
+
     async def put_record(
         self, kind: str, key: str, value: bytes, *, if_absent: bool = False
     ) -> bool:

@@ -98,6 +98,13 @@ class GuardedStore:
         with self._guard.call():
             return await self._store.list_leases(kind)
 
+    async def count(
+        self, key: str, amount: int, ttl_s: float, *, at_most: int | None = None
+    ) -> int:
+        """Add to a counter, which is 0 at first; return the sum, the amount included."""
+        with self._guard.call():
+            return await self._store.count(key, amount, ttl_s, at_most=at_most)
+
     async def put_record(
         self, kind: str, key: str, value: bytes, *, if_absent: bool = False
     ) -> bool:

@@ -1,4 +1,4 @@
-"""What has to be atomic of leases and records, in Lua; its effects are replicated.
+"""What has to be atomic of leases, counters and records, in Lua; its effects are replicated.
 
 They are sent with EVAL: the server compiles a text once and knows it again by its digest, while
 EVALSHA would need a second round trip after every restart or SCRIPT FLUSH. All keys of a call have
@@ -33,6 +33,15 @@ for _, key in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
   end
 end
 return found
+"""
+
+# KEYS counter   ARGV amount, most, ttl in ms   ->   sum
+COUNT = """
+local sum = tonumber(redis.call('GET', KEYS[1]) or '0') + tonumber(ARGV[1])
+if ARGV[1] == '0' or sum > tonumber(ARGV[2]) then return sum end
+redis.call('INCRBY', KEYS[1], ARGV[1])
+if redis.call('PTTL', KEYS[1]) < 0 then redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
+return sum
 """
 
 # The version of records is in their own hash, so that one is not lost without the other.

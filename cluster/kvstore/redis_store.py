@@ -1,13 +1,15 @@
-"""Leases, journals and records in Redis: shared by machines, surviving the cluster.
+"""Leases, counters, journals and records in Redis: shared by machines, surviving the cluster.
 
     {ns}:v2:lease:KIND:KEY     string, PX    value of a lease
     {ns}:v2:leases:KIND        zset          keys of a kind by the time of their expiry
     {ns}:v2:records:KIND       hash          key -> value; '' -> version
+    ns:v2:count:KEY            string, PX    a counter
     ns:v2:journal:KEY          list, PX      entries
 
 `ns` is the namespace, and braces are a cluster's hash tags: leases and records are few and lie on
-one node, journals on all. Every operation is one round trip with one deadline. Nothing is retried:
-an append that is sent twice would be there twice, and every caller can do without the store.
+one node, counters and journals on all. Every operation is one round trip with one deadline. Nothing
+is retried: an addition that is sent twice would be there twice, and every caller can do without the
+store.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from cluster.errors import OverloadedError
 from cluster.kvstore.redis_connection import Command
 from cluster.kvstore.redis_link import Batch, RedisLink
 from cluster.kvstore.redis_scripts import (
+    COUNT,
     DROP_RECORD,
     LIST_LEASES,
     LIST_RECORDS,
@@ -29,7 +32,7 @@ from cluster.kvstore.redis_scripts import (
     PUT_RECORD,
 )
 from cluster.kvstore.redis_url import parse_redis_url
-from cluster.kvstore.store import MAX_RECORDS, Records, check_record, too_many_records
+from cluster.kvstore.store import MAX_COUNT, MAX_RECORDS, Records, check_record, too_many_records
 
 
 class RedisStore:
@@ -63,6 +66,16 @@ class RedisStore:
         arguments = (self._lease_index(kind), self._lease(kind, ""))
         (flat,) = await self._run("list_leases", ("EVAL", LIST_LEASES, 1, *arguments))
         return _pairs(flat)
+
+    async def count(
+        self, key: str, amount: int, ttl_s: float, *, at_most: int | None = None
+    ) -> int:
+        """Add to a counter, which is 0 at first; return the sum, the amount included."""
+        name = f"{self._config.namespace}:v2:count:{key}"
+        limit = MAX_COUNT if at_most is None else at_most
+        command = ("EVAL", COUNT, 1, name, amount, limit, _ms(ttl_s))
+        ((total,),) = await self._link.run("count", Batch(name.encode(), [command]))
+        return int(total)
 
     async def put_record(
         self, kind: str, key: str, value: bytes, *, if_absent: bool = False

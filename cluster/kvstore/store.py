@@ -1,8 +1,9 @@
 """What replicas and gateways share beside KV blocks, and may lose at any time.
 
-Three things with three lifetimes:
+Four things with four lifetimes:
 
     leases     who is there             seconds; renewed by the owner, gone when it is silent
+    counters   how much there was       minutes; from the first addition, not renewed
     journals   tokens of a request      minutes; append and read from a position
     records    what an operator wants   until they are dropped (registered prefixes)
 
@@ -21,6 +22,7 @@ from cluster.errors import InvalidArgumentError
 
 MAX_RECORDS = 4096  # of one kind
 MAX_RECORD_BYTES = 2**20  # of one value
+MAX_COUNT = 2**52  # of a counter, either way: numbers in Lua are whole up to there
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,19 @@ class Store(Protocol):
 
     async def list_leases(self, kind: str) -> dict[str, bytes]:
         """Return the live leases of a kind, ordered by key."""
+        ...
+
+    async def count(
+        self, key: str, amount: int, ttl_s: float, *, at_most: int | None = None
+    ) -> int:
+        """Add to a counter, which is 0 at first; return the sum, the amount included.
+
+        Args:
+            key: Of the counter.
+            amount: 0 reads it, below 0 takes back; the sum stays within `MAX_COUNT`.
+            ttl_s: After its first addition the counter is 0 again.
+            at_most: Nothing is added if the sum would be more; it is returned all the same.
+        """
         ...
 
     async def put_record(

@@ -12,12 +12,14 @@ from cluster.rpc.sluice.internal.v1 import engine_pb2
 from cluster.types import (
     SLO,
     CacheLoad,
+    DueWork,
     EngineOutput,
     EngineRequest,
     FinishReason,
     ReplicaLoad,
     SampledToken,
     SamplingParams,
+    ServiceClass,
     StepCost,
     StoreState,
     TokenLogprob,
@@ -35,6 +37,12 @@ _STORE_STATES = {
     StoreState.OFF: engine_pb2.STORE_STATE_OFF,
 }
 _STATE_OF_STORE = {int(value): state for state, value in _STORE_STATES.items()}
+_CLASSES = {
+    ServiceClass.INTERACTIVE: engine_pb2.SERVICE_CLASS_INTERACTIVE,
+    ServiceClass.STANDARD: engine_pb2.SERVICE_CLASS_STANDARD,
+    ServiceClass.BATCH: engine_pb2.SERVICE_CLASS_BATCH,
+}
+_CLASS_OF = {int(value): name for name, value in _CLASSES.items()}
 _MIN_DEADLINE_S = 1e-6  # what is over travels as this, because 0 means no bound
 
 
@@ -66,6 +74,9 @@ def submit_to_proto(request: EngineRequest) -> engine_pb2.Submit:
         ttft_slo_s=request.slo.ttft_s,
         tpot_slo_s=request.slo.tpot_s,
         pins_prefix=request.pins_prefix,
+        service_class=_CLASSES[request.service_class],
+        tenant=request.tenant,
+        tenant_weight=request.tenant_weight,
     )
 
 
@@ -97,6 +108,9 @@ def submit_from_proto(submit: engine_pb2.Submit) -> EngineRequest:
             submit.tpot_slo_s if submit.HasField("tpot_slo_s") else None,
         ),
         pins_prefix=submit.pins_prefix,
+        service_class=_CLASS_OF.get(submit.service_class, ServiceClass.STANDARD),
+        tenant=submit.tenant,
+        tenant_weight=submit.tenant_weight or 1.0,
     )
 
 
@@ -174,6 +188,11 @@ def load_to_proto(load: ReplicaLoad) -> engine_pb2.Load:
         is_draining=load.is_draining,
         step_cost=None if load.step_cost is None else _cost_to_proto(load.step_cost),
         cache=_cache_to_proto(load.cache),
+        due=[engine_pb2.DueWork(due_s=due.due_s, work_s=due.work_s) for due in load.due],
+        late_s=load.late_s,
+        prefill_token_s=load.prefill_token_s,
+        decode_step_s=load.decode_step_s,
+        fetch_block_s=load.fetch_block_s,
     )
 
 
@@ -191,6 +210,11 @@ def load_from_proto(load: engine_pb2.Load) -> ReplicaLoad:
         is_draining=load.is_draining,
         step_cost=_cost_from_proto(load.step_cost) if load.HasField("step_cost") else None,
         cache=_cache_from_proto(load.cache) if load.HasField("cache") else CacheLoad(),
+        due=tuple([DueWork(due.due_s, due.work_s) for due in load.due]),
+        late_s=load.late_s,
+        prefill_token_s=load.prefill_token_s,
+        decode_step_s=load.decode_step_s,
+        fetch_block_s=load.fetch_block_s,
     )
 
 

@@ -26,6 +26,7 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.rpc.public_cache import check_text, set_prompt, tiers_from_proto
+from cluster.rpc.public_route import Queued, queued_from_proto
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.types import CacheLoad, FinishReason, SamplingParams
 
@@ -73,13 +74,6 @@ class ScoredToken:
     text: str
     logprob: float
     top: tuple[ScoredToken, ...] = ()  # the likeliest at its position, best first
-
-
-@dataclass(frozen=True, slots=True)
-class Queued:
-    """The request waits for a replica."""
-
-    position: int  # requests before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +242,7 @@ def event_from_proto(message: inference_pb2.GenerateStreamResponse) -> Event | N
         )
     if kind == "running":
         return Running(message.running.replica_id)
-    return Queued(message.queued.position) if kind == "queued" else None
+    return queued_from_proto(message.queued) if kind == "queued" else None
 
 
 def models_from_proto(message: inference_pb2.ListModelsResponse) -> list[ServedModel]:
@@ -302,17 +296,20 @@ def error_from_status(code: str, message: str, details: bytes | None) -> SluiceE
         details: A serialized google.rpc.Status, where the server sent one.
     """
     violation, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    info = error_details_pb2.ErrorInfo()
     try:
         for detail in Status.FromString(details or b"").details:
             detail.Unpack(violation)  # does nothing where it is of another type
             detail.Unpack(retry)
+            detail.Unpack(info)
     except DecodeError:
         pass  # somebody on the way wrote them; code and message stand for themselves
     if code == InvalidArgumentError.code:
         field = violation.field_violations[0].field if violation.field_violations else ""
         return InvalidArgumentError(message, field=field)
     if code == OverloadedError.code:
+        reason = "" if info.reason == code else info.reason
         delay_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-        return OverloadedError(message, retry_after_s=delay_s or 1.0)
+        return OverloadedError(message, retry_after_s=delay_s or 1.0, reason=reason)
     kind = _PLAIN_ERRORS.get(code)
     return kind(message) if kind else SluiceError(f"{code}: {message}")

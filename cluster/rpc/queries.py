@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from cluster.rpc import public, public_cache
+from cluster.rpc import public, public_cache, public_route
 from cluster.rpc.public import ClusterState, Completion, ServedModel
 from cluster.rpc.public_cache import CacheBooks, Flushed, Inspected, Prefix
+from cluster.rpc.public_route import Explanation
 from cluster.rpc.sluice.v1 import cache_pb2, inference_pb2
 from cluster.types import SamplingParams
 
@@ -33,16 +34,18 @@ def generate(
     prompt: str | None,
     token_ids: Sequence[int] | None,
     *,
-    model: str,
-    sampling: SamplingParams | Mapping[str, Any] | None,
-    timeout_s: float,
-    request_id: str,
-    prefix: str,
+    model: str = "",
+    sampling: SamplingParams | Mapping[str, Any] | None = None,
+    timeout_s: float = GENERATE_TIMEOUT_S,
+    request_id: str = "",
+    prefix: str = "",
+    **route: Any,
 ) -> Query[Completion]:
-    """Ask for a whole completion."""
+    """Ask for a whole completion; `route` is what `public_route.set_route` takes."""
     request = public.generate_request(
         prompt, token_ids, model=model, sampling=sampling, request_id=request_id, prefix=prefix
     )
+    public_route.set_route(request, **route)
     return Query("Generate", request, public.completion_from_proto, timeout_s)
 
 
@@ -60,6 +63,13 @@ def list_models() -> Query[list[ServedModel]]:
 def status() -> Query[ClusterState]:
     """Ask for the replica groups and their load."""
     return Query("ClusterStatus", inference_pb2.ClusterStatusRequest(), public.cluster_from_proto)
+
+
+def explain(request_id: str) -> Query[Explanation]:
+    """Ask why a request went where it went."""
+    public_cache.check_text("request_id", request_id)
+    request = inference_pb2.ExplainRequest(request_id=request_id)
+    return Query("Explain", request, public_route.explanation_from_proto)
 
 
 def register_prefix(

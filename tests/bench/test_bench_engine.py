@@ -99,14 +99,6 @@ def test_bench_engine_settings_of_the_user_come_last(folder: Path) -> None:
     assert figures["result"]["decode_batch"] == 2
 
 
-def test_bench_engine_writes_the_fitted_step_times(folder: Path, tmp_path: Path) -> None:
-    command(folder, f"--fit={tmp_path / 'fit.json'}")
-    fitted = json.loads((tmp_path / "fit.json").read_text())
-    assert fitted["cost"]["num_steps"] > 0
-    assert all(elapsed_s > 0 for *_, elapsed_s in fitted["steps"])
-    assert fitted["cost"]["floor_s"] >= 0
-
-
 def test_bench_engine_profile_adds_up_to_the_round(folder: Path) -> None:
     overrides = [f"model.path={folder}", "parallel.threads_per_worker=1", "cache.num_blocks=8"]
     load = EngineLoad(2, 12, 3, num_warmups=0)
@@ -170,11 +162,6 @@ def test_attention_of_a_gpu_is_named_as_the_kernels_choose_it(
     monkeypatch.setattr(cuda, "why_not_triton", lambda: "Triton is not installed")
     without = "flash" if attention == "flash" else "plain"
     assert attention_of(runner, info, config) == without
-
-
-def test_bench_engine_fit_that_cannot_be_written_is_one_error(folder: Path) -> None:
-    error = error_of("bench", "engine", f"--model={folder}", *SMALL, "--fit=/nowhere/fit.json")
-    assert "--fit /nowhere/fit.json" in error
 
 
 def test_engine_load_needs_two_tokens_to_tell_a_rate() -> None:

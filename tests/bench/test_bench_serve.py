@@ -6,11 +6,14 @@ import asyncio
 
 import pytest
 
+from cluster.bench.aims import Aim, AimMix
 from cluster.bench.load import LoadPlan, RequestShape
 from cluster.bench.serve import ServeBench, run_serve_bench
 from cluster.bench.statistics import TRUNCATED
+from cluster.config import EngineConfig
 from cluster.errors import InvalidArgumentError, UnavailableError
-from tests.bench.bench_fakes import FakeInference, serving
+from cluster.types import SLO, ServiceClass
+from tests.bench.bench_fakes import RETRY_AFTER_S, FakeInference, serving
 
 pytestmark = pytest.mark.integration
 
@@ -35,6 +38,34 @@ def test_bench_counts_every_way_in_which_a_stream_ends(plan: LoadPlan) -> None:
     assert figures["goodput"] == pytest.approx(2 / 6)
     assert figures["cached_token_share"] == pytest.approx(3 / 12)
     assert {record.num_tokens for record in result.records if record.is_ok} == {4}
+
+
+def test_bench_keeps_what_a_refusal_says() -> None:
+    fake, plan = FakeInference(["refuse", "shed", "ok"]), LoadPlan(3, None, concurrency=1)
+    with serving(fake) as address:
+        result = asyncio.run(run_serve_bench(ServeBench(address, plan, SHAPE)))
+    said = [(record.reason, record.retry_after_s) for record in result.records]
+    assert said == [("QUEUE_FULL", RETRY_AFTER_S), ("", None), ("", None)]
+    refusals = result.figures["result"]["refusals"]
+    assert refusals["num_requests"] == 2
+    assert refusals["reasons"] == {"": 1, "QUEUE_FULL": 1}
+    assert refusals["retry_after_s"]["mean"] == RETRY_AFTER_S
+    assert result.figures["result"]["goodput"] == pytest.approx(1 / 3)
+
+
+def test_bench_gives_figures_by_class() -> None:
+    batch = Aim.of_class(ServiceClass.BATCH, EngineConfig())
+    impossible = Aim.of_slo(SLO(ttft_s=1e-9))  # times of its own: a gateway serves it so
+    aims, plan = AimMix({batch: 1.0, impossible: 1.0}), LoadPlan(12, None, concurrency=2)
+    with serving(FakeInference(["ok"] * 12)) as address:
+        result = asyncio.run(run_serve_bench(ServeBench(address, plan, SHAPE, aims)))
+    classes = result.figures["classes"]
+    assert set(classes) == {"batch", "interactive"}
+    assert sum(figures["num_requests"] for figures in classes.values()) == 12
+    assert classes["batch"]["goodput"] == 1.0
+    assert classes["interactive"]["goodput"] == 0.0
+    share = classes["batch"]["num_requests"] / 12
+    assert result.figures["result"]["goodput"] == pytest.approx(share)
 
 
 def test_bench_open_loop_does_not_wait_for_slow_answers() -> None:

@@ -1,4 +1,4 @@
-"""`sluice generate`, `status` and `bench serve` against a server without a cluster."""
+"""`sluice generate`, `explain` and `status` against a server without a cluster."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cli_run import error_of, run
 
+from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from tests.bench.bench_fakes import FakeInference, serving
 
 pytestmark = pytest.mark.integration
@@ -64,6 +65,93 @@ def test_generate_reports_logprobs(address: str, fake: FakeInference) -> None:
     assert [top["text"] for top in answer["logprobs"][1]["top"]] == ["t1 ", "[x]"]
 
 
+def test_generate_sends_its_objective_and_session(address: str, fake: FakeInference) -> None:
+    asked = ["generate", "x", "--address", address, "--max-tokens", "1"]
+    run(*asked, "--class", "interactive", "--request-id", "r7")
+    run(*asked, "--ttft-s", "0.5", "--tpot-s", "0.05", "--session", "s")
+    run(*asked, "--class", "batch", "--json")
+    by_class, by_times, as_json = fake.requests
+    assert by_class.service_class == pb.SERVICE_CLASS_INTERACTIVE
+    assert (by_class.request_id, by_class.session) == ("r7", "")
+    assert by_times.latency == pb.LatencyObjective(ttft_s=0.5, tpot_s=0.05)
+    assert by_times.session == "s"
+    assert as_json.service_class == pb.SERVICE_CLASS_BATCH
+
+
+def test_generate_refuses_an_objective_that_cannot_be_one(address: str) -> None:
+    asked = ("generate", "x", "--address", address)
+    both = error_of(*asked, "--class", "batch", "--ttft-s", "1")
+    assert "service_class=batch and ttft_s=1" in both
+    assert "'urgent' is not one of" in error_of(*asked, "--class", "urgent")
+    assert "tpot_s=nan" in error_of(*asked, "--tpot-s", "nan")
+
+
+def test_generate_shows_its_place_in_the_queue_on_standard_error() -> None:
+    with serving(FakeInference(["queue"])) as address:
+        result = run("generate", "x", "--address", address, "--max-tokens", "1")
+    assert result.stdout == "t0 \n"
+    assert result.stderr.splitlines()[:2] == [
+        "[queued: 3 before it, about 1.2 s]",
+        "[queued: 0 before it]",
+    ]
+
+
+EXPLANATION = pb.ExplainResponse(
+    request_id="r7",
+    policy="slo",
+    outcome=pb.ADMISSION_OUTCOME_DISPATCHED,
+    reason="it has [half] of the prompt",
+    candidates=[
+        pb.RouteCandidate(replica_id="near", score=0.25, cached_tokens=640, ttft_p50_s=0.21),
+        pb.RouteCandidate(replica_id="far", score=1.5, num_requests=7),
+    ],
+    num_candidates=16,
+    num_excluded=1,
+    ttft_slo_s=0.5,
+    ttft_s=0.25,
+)
+
+
+def test_explain_marks_the_chosen_replica(
+    address: str, fake: FakeInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    fake.explanation = EXPLANATION
+    result = run("explain", "r7", "--address", address)
+    assert result.exit_code == 0, result.output
+    assert "r7 dispatched by policy slo 0.0 s ago: it has [half] of the prompt" in result.stdout
+    assert "the best 2 of 16 weighed, 1 passed over" in result.stdout
+    near, far = (line for line in result.stdout.splitlines() if "near" in line or "far" in line)
+    assert "→" in near and "640" in near and "210.0" in near
+    assert "→" not in far and "1.5" in far
+    assert "objective 500.0 ms, predicted at dispatch (p50) 210.0 ms" in result.stdout
+    assert "actual from arrival 250.0 ms" in result.stdout
+
+
+def test_explain_json_is_one_object(address: str, fake: FakeInference) -> None:
+    fake.explanation = EXPLANATION
+    answer = json.loads(run("explain", "r7", "--address", address, "--json").stdout)
+    assert (answer["outcome"], answer["ttft_s"], answer["tpot_slo_s"]) == ("dispatched", 0.25, None)
+    assert [candidate["replica_id"] for candidate in answer["candidates"]] == ["near", "far"]
+
+
+def test_explain_of_a_refusal_marks_nobody(address: str, fake: FakeInference) -> None:
+    fake.explanation = pb.ExplainResponse(
+        request_id="r7",
+        outcome=pb.ADMISSION_OUTCOME_REFUSED,
+        candidates=[pb.RouteCandidate(replica_id="near")],
+    )
+    shown = run("explain", "r7", "--address", address).stdout
+    assert "refused" in shown and "near" in shown and "→" not in shown
+    assert "predicted at dispatch (p50) -, actual from arrival -" in shown
+
+
+def test_explain_of_what_nobody_remembers_is_one_line(address: str) -> None:
+    result = run("explain", "gone", "--address", address)
+    assert result.exit_code == 1
+    assert result.stderr == "sluice: gone is not remembered\n"
+
+
 @pytest.mark.parametrize("outcome", ["refuse", "break", "truncate"])
 def test_generate_that_fails_says_so_in_one_line(outcome: str) -> None:
     with serving(FakeInference([outcome])) as address:
@@ -100,34 +188,3 @@ def test_status_json_is_one_object(address: str) -> None:
     state = json.loads(run("status", "--address", address, "--json").stdout)
     assert state["num_inflight"] == 4
     assert state["replicas"][0]["num_free_blocks"] == 75
-
-
-def test_bench_serve_json_says_what_was_measured_where(address: str, tmp_path: Path) -> None:
-    plot = tmp_path / "run.png"
-    load = ["--concurrency", "2", "--num-requests", "5", "--warmup", "1"]
-    shape = ["--input-tokens", "8", "--output-tokens", "3", "--ttft-slo-s", "5"]
-    result = run(
-        "bench", "serve", "--address", address, *load, *shape, "--plot", str(plot), "--json"
-    )
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
-    assert report["result"]["status"] == {"OK": 5}
-    assert report["result"]["goodput"] == 1.0
-    assert report["objective"] == {"ttft_s": 5.0, "tpot_s": None}
-    assert report["provenance"]["machine"]["cores"] >= 1
-    assert report["provenance"]["versions"]["grpcio"]
-    assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_bench_serve_prints_tables(address: str) -> None:
-    load = ["--rate", "100", "--num-requests", "3", "--warmup", "0"]
-    shape = ["--input-tokens", "8", "--output-tokens", "3"]
-    result = run("bench", "serve", "--address", address, *load, *shape)
-    assert result.exit_code == 0, result.output
-    assert "3 of 3 ok" in result.stdout
-    assert "TTFT" in result.stdout
-
-
-def test_bench_serve_refuses_what_does_not_fit(address: str) -> None:
-    shape = ["--input-tokens", "600", "--output-tokens", "1"]
-    assert "limit=512" in error_of("bench", "serve", "--address", address, "--rate", "1", *shape)

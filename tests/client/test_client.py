@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
@@ -33,27 +32,13 @@ from cluster.errors import (
     ConfigError,
     UnavailableError,
 )
-from cluster.rpc.sluice.v1 import cache_pb2, cache_pb2_grpc, inference_pb2_grpc
+from cluster.rpc.sluice.v1 import cache_pb2, cache_pb2_grpc
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.types import SamplingParams, StoreState
+from tests.client.client_fakes import EVENTS, FakeInference, serving
 
 pytestmark = pytest.mark.integration
 
-USAGE = pb.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
-TIMINGS = pb.Timings(queued_s=0.25, ttft_s=0.5, total_s=1.0)
-CHOSEN = pb.TokenLogprob(token_id=5, logprob=-0.5, text="he")
-FINISHED = pb.Finished(finish_reason=pb.FINISH_REASON_STOP, usage=USAGE, timings=TIMINGS)
-EVENTS = [
-    pb.GenerateStreamResponse(seq=0, queued=pb.Queued(position=2)),
-    pb.GenerateStreamResponse(seq=1, running=pb.Running(replica_id="a")),
-    pb.GenerateStreamResponse(
-        seq=2,
-        delta=pb.TokenDelta(
-            text="hello", token_ids=[5, 6], logprobs=[pb.PositionLogprobs(chosen=CHOSEN)]
-        ),
-    ),
-    pb.GenerateStreamResponse(seq=3, finished=FINISHED),
-]
 READ = [
     Queued(2),
     Running("a"),
@@ -62,53 +47,10 @@ READ = [
 ]
 
 
-class _Servicer(inference_pb2_grpc.InferenceServicer):
-    """Answers what a test sets, and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.events = EVENTS
-        self.requests: list[Any] = []
-        self.metadata: dict[str, str] = {}
-        self.is_hanging = False
-        self.ended = threading.Event()
-
-    def Generate(self, request: Any, context: Any) -> Any:
-        self.requests.append(request)
-        self.metadata = dict(context.invocation_metadata())
-        return pb.GenerateResponse(
-            request_id="r",
-            text="hello",
-            token_ids=[5, 6],
-            finish_reason=pb.FINISH_REASON_STOP,
-            usage=USAGE,
-            timings=TIMINGS,
-        )
-
-    def GenerateStream(self, request: Any, context: Any) -> Iterator[Any]:
-        self.requests.append(request.request)
-        context.add_callback(self.ended.set)
-        yield from self.events
-        if self.is_hanging:
-            self.ended.wait(30)
-
-    def Tokenize(self, request: Any, context: Any) -> Any:
-        return pb.TokenizeResponse(token_ids=[len(request.text)])
-
-    def ClusterStatus(self, request: Any, context: Any) -> Any:
-        replica = pb.ReplicaStatus(replica_id="a", state=pb.REPLICA_STATE_READY, tp=2, pp=1)
-        return pb.ClusterStatusResponse(replicas=[replica], num_inflight=4, gateway_id="g")
-
-
 @pytest.fixture
-def server() -> Iterator[tuple[str, _Servicer]]:
-    servicer = _Servicer()
-    grpc_server = grpc.server(futures.ThreadPoolExecutor(4))
-    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, grpc_server)
-    port = grpc_server.add_insecure_port("127.0.0.1:0")
-    grpc_server.start()
-    yield f"127.0.0.1:{port}", servicer
-    servicer.ended.set()
-    grpc_server.stop(None).wait(5)
+def server() -> Iterator[tuple[str, FakeInference]]:
+    with serving() as served:
+        yield served
 
 
 def _stream(address: str, is_async: bool) -> list[Any]:
@@ -125,25 +67,25 @@ def _stream(address: str, is_async: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_stream_yields_events(server: tuple[str, _Servicer], is_async: bool) -> None:
+def test_stream_yields_events(server: tuple[str, FakeInference], is_async: bool) -> None:
     assert _stream(server[0], is_async) == READ
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_stream_without_end_is_an_error(server: tuple[str, _Servicer], is_async: bool) -> None:
+def test_stream_without_end_is_an_error(server: tuple[str, FakeInference], is_async: bool) -> None:
     server[1].events = EVENTS[:3]
     with pytest.raises(UnavailableError, match="cut off after 3 events"):
         _stream(server[0], is_async)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_lost_event_is_an_error(server: tuple[str, _Servicer], is_async: bool) -> None:
+def test_lost_event_is_an_error(server: tuple[str, FakeInference], is_async: bool) -> None:
     server[1].events = EVENTS[:1] + EVENTS[2:]
     with pytest.raises(UnavailableError, match="event 1 was lost"):
         _stream(server[0], is_async)
 
 
-def test_closed_stream_cancels_the_request(server: tuple[str, _Servicer]) -> None:
+def test_closed_stream_cancels_the_request(server: tuple[str, FakeInference]) -> None:
     server[1].events, server[1].is_hanging = EVENTS[:2], True
     with Client(server[0]) as client:
         events = client.stream("x")
@@ -153,7 +95,7 @@ def test_closed_stream_cancels_the_request(server: tuple[str, _Servicer]) -> Non
 
 
 def test_generate_sends_what_is_given_and_reads_the_answer(
-    server: tuple[str, _Servicer],
+    server: tuple[str, FakeInference],
 ) -> None:
     address, servicer = server
     with Client(address, metadata=[("tenant", "t")]) as client:
@@ -171,7 +113,7 @@ def test_generate_sends_what_is_given_and_reads_the_answer(
     assert second.sampling.HasField("seed") and second.sampling.logprobs == 2
 
 
-def test_status_names_states_in_lower_case(server: tuple[str, _Servicer]) -> None:
+def test_status_names_states_in_lower_case(server: tuple[str, FakeInference]) -> None:
     with Client(server[0]) as client:
         state = client.status()
     assert isinstance(state, ClusterState)
@@ -304,7 +246,7 @@ def test_cache_service_is_asked_and_read(cache_server: tuple[str, _Cache], is_as
     assert set(servicer.authorization) == {"Bearer sk-a"}
 
 
-def test_request_names_its_prefix_and_shows_the_key(server: tuple[str, _Servicer]) -> None:
+def test_request_names_its_prefix_and_shows_the_key(server: tuple[str, FakeInference]) -> None:
     address, servicer = server
     with Client(address, api_key="sk-a", metadata=[("x", "y")]) as client:
         client.generate("x", prefix="system")

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 from cluster.clock import VirtualClock
 from cluster.config import EngineConfig, StoreConfig
 from cluster.engine.engine import Engine
-from cluster.types import SLO, EngineOutput, EngineRequest, FinishReason, SamplingParams
+from cluster.types import (
+    SLO,
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    ServiceClass,
+)
 from tests.fakes import (
     BLOCK_NBYTES,
     Choose,
@@ -28,14 +35,26 @@ def make_request(
     max_tokens: int = 4,
     salt: bytes = b"",
     deadline_s: float | None = None,
+    ttft_s: float | None = None,
     tpot_s: float | None = None,
     pins_prefix: bool = False,
+    service_class: ServiceClass = ServiceClass.STANDARD,
+    tenant: str = "",
+    tenant_weight: float = 1.0,
     **sampling: object,
 ) -> EngineRequest:
     params = replace(SamplingParams(max_tokens=max_tokens), **sampling)
-    slo = SLO(tpot_s=tpot_s)
     return EngineRequest(
-        request_id, tuple(prompt), params, salt, deadline_s, slo, pins_prefix=pins_prefix
+        request_id,
+        tuple(prompt),
+        params,
+        salt,
+        deadline_s,
+        SLO(ttft_s, tpot_s),
+        pins_prefix=pins_prefix,
+        service_class=service_class,
+        tenant=tenant,
+        tenant_weight=tenant_weight,
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cluster.config import EngineConfig, StoreConfig
 from cluster.errors import InvalidArgumentError, OverloadedError
 from cluster.kvstore.block_hash import block_hashes
-from cluster.types import FinishReason
+from cluster.types import FinishReason, ServiceClass
 
 VOCAB_SIZE = 12
 REQUESTS = st.fixed_dictionaries(
@@ -30,7 +30,11 @@ REQUESTS = st.fixed_dictionaries(
         "stop_token_ids": st.sampled_from([(), (5,), (5, 7)]),
         "salt": st.sampled_from([b"", b"", b"tenant"]),
         "deadline_s": st.sampled_from([None, None, 3.0, 10.0]),
+        "ttft_s": st.sampled_from([None, None, 1e-3, 0.5, 5.0]),
         "tpot_s": st.sampled_from([None, None, 1e-3, 0.1, 10.0]),
+        "service_class": st.sampled_from(ServiceClass),
+        "tenant": st.sampled_from(["", "", "one", "other"]),
+        "tenant_weight": st.sampled_from([1.0, 0.1, 30.0]),
         "pins_prefix": st.sampled_from([False, False, True]),
     }
 )
@@ -47,6 +51,8 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 8),
         max_num_batched_tokens=st.sampled_from([1, 2, 5, 16, 64]),
         max_num_waiting=st.sampled_from([2, 100]),
+        order=st.sampled_from(["slack", "slack", "fcfs"]),
+        fair_burst_tokens=st.sampled_from([1, 50, 8192]),
         prefix_caching=st.sampled_from([True, True, False]),
         token_s=st.sampled_from([0.0, 0.0, 0.01]),  # measured, so that objectives have an effect
         num_host_slots=st.sampled_from([0, 1, 3, 8, 64]),
@@ -66,7 +72,7 @@ class EngineMachine(RuleBasedStateMachine):
         has_store: bool,
         num_uses: int,
         requests: list[dict[str, Any]],
-        **limits: int,
+        **config: Any,
     ) -> None:
         self.bench = Bench(
             num_blocks=num_blocks,
@@ -76,7 +82,7 @@ class EngineMachine(RuleBasedStateMachine):
             vocab_size=VOCAB_SIZE,
             eos_token_ids=frozenset({0}),
             prefix_caching=prefix_caching,
-            config=EngineConfig(**limits),
+            config=EngineConfig(**config),
             num_host_slots=num_host_slots,
             store={} if has_store and num_host_slots else None,
             store_config=StoreConfig(kv_write_after_uses=num_uses, timeout_s=0.2),

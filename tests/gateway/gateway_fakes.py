@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from prometheus_client import CollectorRegistry
 
 from cluster.client import AsyncClient
 from cluster.clock import WallClock
@@ -16,6 +17,8 @@ from cluster.gateway.grpc_server import GatewayServer
 from cluster.kvstore.block_store import BlockStore
 from cluster.kvstore.embedded import EmbeddedStore
 from cluster.kvstore.registry import Registry
+from cluster.metrics import Metrics
+from cluster.router.dispatcher import Dispatcher
 from cluster.rpc import convert
 from cluster.rpc.sluice.internal.v1 import engine_pb2 as pb
 from cluster.rpc.sluice.internal.v1 import engine_pb2_grpc
@@ -163,8 +166,13 @@ class Stage:
         self.store = EmbeddedStore(config.store, clock=WallClock())
         self.blocks = block_store
         self.registry = Registry(self.store)
+        self.metrics = CollectorRegistry()
         self.server = GatewayServer(
-            config, store=self.store, gateway_id="gateway-1", block_store=block_store
+            config,
+            store=self.store,
+            gateway_id="gateway-1",
+            block_store=block_store,
+            metrics=Metrics(self.metrics),
         )
         self.leaders: list[FakeLeader] = []
         self.port = 0
@@ -186,6 +194,15 @@ class Stage:
     def routed_to(self) -> list[str]:
         """Ids of the replicas that requests can go to."""
         return [snapshot.info.replica_id for snapshot in self.server.snapshots()]
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """That of the gateway."""
+        return self.server._waiting._dispatcher
+
+    def value(self, name: str, **labels: str) -> float:
+        """Return what a metric of the gateway shows; 0 where it has no such labels yet."""
+        return self.metrics.get_sample_value(name, labels) or 0.0
 
     async def wait_state(self, replica_id: str, state: str | None) -> None:
         """Return once the gateway reports the state; None is unknown."""
@@ -212,7 +229,8 @@ async def eventually(condition: Any, timeout_s: float = 10.0) -> None:
 async def stage(*leaders: FakeLeader, **gateway: Any) -> AsyncIterator[Stage]:
     """Run a gateway in front of leaders; what a test left running is ended."""
     block_store = gateway.pop("block_store", None)
-    sections = {name: gateway.pop(name, {}) for name in ("replica", "auth", "cache")}
+    names = ("replica", "auth", "cache", "engine", "router")
+    sections = {name: gateway.pop(name, {}) for name in names}
     config = parse_config({"gateway": {"port": 0, **gateway}, **sections})
     running = Stage(config, block_store)
     running.port = await running.server.start()

@@ -7,8 +7,8 @@ from cluster.errors import InvalidArgumentError, OverloadedError, UnavailableErr
 from cluster.gateway.admission import Admission
 
 
-def _admission(inflight: int = 2, queued: int = 1) -> Admission:
-    return Admission(GatewayConfig(max_inflight_requests=inflight, max_queued_requests=queued))
+def _admission() -> Admission:
+    return Admission(GatewayConfig(max_inflight_requests=2))
 
 
 def test_places_are_bounded_and_given_back() -> None:
@@ -23,24 +23,13 @@ def test_places_are_bounded_and_given_back() -> None:
         pass
 
 
-def test_failed_request_gives_its_places_back() -> None:
+def test_failed_request_gives_its_place_back() -> None:
     admission = _admission()
-    with pytest.raises(RuntimeError), admission.admit("a"), admission.queue():
-        assert (admission.num_inflight, admission.num_queued) == (1, 1)
+    with pytest.raises(RuntimeError), admission.admit("a"):
+        assert admission.num_inflight == 1
         raise RuntimeError
-    assert (admission.num_inflight, admission.num_queued) == (0, 0)
+    assert admission.num_inflight == 0
     admission.check_invariants()
-
-
-def test_queue_gives_positions_and_is_bounded() -> None:
-    admission = _admission(inflight=3, queued=2)
-    with admission.admit("a"), admission.admit("b"), admission.admit("c"):
-        with admission.queue() as first, admission.queue() as second:
-            assert (first, second) == (0, 1)
-            with pytest.raises(OverloadedError, match="max_queued_requests=2"):
-                admission.queue().__enter__()
-        with admission.queue() as again:
-            assert again == 0
 
 
 def test_id_in_use_is_refused() -> None:

@@ -13,6 +13,7 @@ from cluster.clock import VirtualClock
 from cluster.config import AuthConfig
 from cluster.errors import ConfigError, UnauthenticatedError
 from cluster.gateway.identity import Authenticator, Caller
+from cluster.gateway.rate_limit import NO_LIMITS, RateLimits
 
 PLAIN: dict[str, Any] = {}
 
@@ -120,6 +121,27 @@ def test_salt_is_shared_in_a_group_and_by_nobody_else(tmp_path: Path) -> None:
     assert salts["d"].hex() == "8123cf1d8774e50d24782ebeb051961b"
 
 
+def test_caller_has_the_weight_and_the_limits_of_its_tenant(tmp_path: Path) -> None:
+    entries = [
+        {"name": "plain", "key_sha256": [sha256("plain")]},
+        {
+            "name": "paying",
+            "key_sha256": [sha256("paying")],
+            "weight": 4,
+            "requests_per_minute": 600,
+            "tokens_per_minute": 10**6,
+            "max_streams": 50,
+        },
+    ]
+    config = AuthConfig(tenants_file=str(write_tenants(tmp_path, entries)))
+    authenticator = Authenticator(config)
+    plain, paying = (authenticator.authenticate(bearer(n), PLAIN) for n in ("plain", "paying"))
+    assert (
+        (plain.weight, plain.limits) == (Caller().weight, NO_LIMITS) == (1.0, RateLimits(0, 0, 0))
+    )
+    assert (paying.weight, paying.limits) == (4.0, RateLimits(600, 10**6, 50))
+
+
 @pytest.mark.parametrize("algorithm", ["RS256", "ES256", "EdDSA", "HS256"])
 def test_token_gives_its_tenant_by_every_algorithm(tmp_path: Path, algorithm: str) -> None:
     key, public = make_key(algorithm)
@@ -223,6 +245,26 @@ BROKEN = {
     "key at the top": ("sk-secret: 1\ntenants: [{name: a}]", "(a name that is no field): E"),
     "bad name": ("tenants: [{name: 'sk secret'}]", "tenants.0.name: "),
     "clear key": ("tenants: [{name: a, key_sha256: [sk-secret]}]", "tenants.0.key_sha256.0"),
+    "weight 0": ("tenants: [{name: a, weight: 0}]", "tenants.0.weight: Input should be g"),
+    "weight too large": ("tenants: [{name: a, weight: 1.0e+7}]", "tenants.0.weight: Input"),
+    "weight NaN": ("tenants: [{name: a, weight: .nan}]", "tenants.0.weight: Input"),
+    "weight as text": ("tenants: [{name: a, weight: sk-secret}]", "tenants.0.weight: Input"),
+    "negative limit": (
+        "tenants: [{name: a, requests_per_minute: -1}]",
+        "tenants.0.requests_per_minute: Input should be greater than or equal to 0",
+    ),
+    "half a token": (
+        "tenants: [{name: a, tokens_per_minute: 0.5}]",
+        "tenants.0.tokens_per_minute: Input should be a valid integer",
+    ),
+    "yes for a number": (
+        "tenants: [{name: a, max_streams: true}]",
+        "tenants.0.max_streams: Input should be a valid integer",
+    ),
+    "limit too large": (
+        "tenants: [{name: a, max_streams: 1000000000001}]",
+        "tenants.0.max_streams: Input should be less than or equal to 1000000000000",
+    ),
     "name twice": ("tenants: [{name: a}, {name: a}]", "'a' is there twice"),
     "key twice": (
         f"tenants: [{{name: a, key_sha256: [{'Ab' * 32}]}}, "

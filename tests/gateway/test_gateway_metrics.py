@@ -9,8 +9,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from gateway_fakes import eventually
-from prometheus_client import CollectorRegistry, Gauge
+from gateway_fakes import FakeLeader, eventually, stage
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.gateway.fleet_metrics import FleetCollector
@@ -110,6 +110,32 @@ def test_every_number_of_a_replica_is_shown_with_its_tier() -> None:
             labels = {"replica_id": "r-1"} | ({metric.label: label} if label else {})
             assert fleet.value(metric.name, **labels) == value, (metric.name, label)
     assert fleet.value("sluice_store_state", replica_id="r-2", state="off") == 1
+
+
+def test_counter_that_is_kept_elsewhere_is_read_at_each_scrape() -> None:
+    fleet = Fleet()
+    assert fleet.value("sluice_watch_resyncs_total") == 0
+    counts = [3]
+    fleet.metrics.watch_resyncs.set_function(lambda: counts[0])
+    assert fleet.value("sluice_watch_resyncs_total") == 3
+    counts[0] = 5
+    assert fleet.value("sluice_watch_resyncs_total") == 5
+    assert "# TYPE sluice_watch_resyncs_total counter" in generate_latest(fleet.registry).decode()
+
+
+@pytest.mark.integration
+async def test_gateway_counts_what_goes_wrong_with_its_replicas() -> None:
+    leader = FakeLeader()
+    leader.blocks = list(range(2**20))  # more than the smallest index can hold
+    async with stage(leader, router={"max_index_bytes": 2**16}) as running:
+        assert running.value("sluice_prefix_index_dropped_total") > 2**19
+        assert 0 < running.value("sluice_prefix_index_bytes") <= 2**16
+        leader.push(seq=7)  # in place of 1
+        await eventually(lambda: running.value("sluice_watch_resyncs_total") == 1)
+        assert running.value("sluice_replicas_quarantined_total") == 0
+        await eventually(lambda: leader.num_watches == 2 and len(leader.watches) == 1)
+        leader.push_load(ReplicaLoad(late_s=-1.0))
+        await eventually(lambda: running.value("sluice_replicas_quarantined_total") == 1)
 
 
 def test_replica_that_went_leaves_no_series() -> None:

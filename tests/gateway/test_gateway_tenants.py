@@ -11,23 +11,14 @@ import grpc
 import pytest
 from gateway_fakes import BLOCK_SIZE, FINGERPRINT, FakeLeader, Stage, stage
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
 from tenant_files import KEYS, auth_config, bearer, make_key, sign, write_tenants
 from tls_files import make_certificate
 
-from cluster.clock import VirtualClock
-from cluster.config import ReplicaConfig, RouterConfig, StoreConfig
-from cluster.gateway.fleet import Fleet
 from cluster.gateway.identity import Authenticator
-from cluster.gateway.routing import PromptRouting
 from cluster.kvstore.block_hash import block_hashes, router_key
-from cluster.kvstore.embedded import EmbeddedStore
-from cluster.metrics import Metrics
-from cluster.router.router import Router
 from cluster.rpc.sluice.v1 import cache_pb2, cache_pb2_grpc
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
-from cluster.types import ReplicaInfo, ReplicaLoad
 
 PROMPT = tuple(range(1, 1 + 2 * BLOCK_SIZE))
 Metadata = list[tuple[str, str | bytes]]
@@ -54,41 +45,20 @@ def _salt(running: Stage, name: str) -> bytes:
     return Authenticator(running.config.auth).authenticate(bearer(KEYS[name]), {}).salt
 
 
-def test_router_finds_the_blocks_of_a_salt_under_no_other() -> None:
-    fleet = Fleet(ReplicaConfig(), EmbeddedStore(StoreConfig(), clock=VirtualClock()))
-    for number in (1, 2):
-        info = ReplicaInfo(
-            f"r-{number}", "x:1", "m", FINGERPRINT.hex(), 1, 1, BLOCK_SIZE, max_model_len=512
-        )
-        fleet.table.add(info, ReplicaLoad(num_blocks=100, num_free_blocks=100))
-    fleet.index.replace("r-2", _keys(b"alice"))
-    metrics = Metrics(CollectorRegistry())
-    picked = {}
-    for salt in (b"alice", b"carol", b""):
-        routing = PromptRouting(
-            PROMPT, salt=salt, fleet=fleet, router=Router(RouterConfig()), metrics=metrics
-        )
-        decision = routing.pick()
-        assert decision is not None
-        picked[salt] = decision.chosen.replica_id, decision.chosen.num_cached_blocks
-    assert picked[b"alice"][0] == "r-2"
-    assert picked[b"alice"][1] > 0
-    assert picked[b"carol"] == picked[b""] == ("r-1", 0)
-
-
 @pytest.mark.integration
 async def test_every_method_asks_for_credentials_but_health(running: Stage) -> None:
     wrong: list[Metadata] = [[], bearer("wrong"), [("x-tenant", "alice"), ("tenant", "alice")]]
     async with grpc.aio.insecure_channel(running.address) as channel:
         inference, cache = InferenceStub(channel), cache_pb2_grpc.CacheStub(channel)
         calls: list[Callable[..., Any]] = [
-            lambda **kw: inference.Generate(_request(), **kw),
+            lambda **kw: inference.Generate(_request(request_id="hers"), **kw),
             lambda **kw: inference.GenerateStream(
                 pb.GenerateStreamRequest(request=_request()), **kw
             ).read(),
             lambda **kw: inference.Tokenize(pb.TokenizeRequest(text="x"), **kw),
             lambda **kw: inference.ListModels(pb.ListModelsRequest(), **kw),
             lambda **kw: inference.ClusterStatus(pb.ClusterStatusRequest(), **kw),
+            lambda **kw: inference.Explain(pb.ExplainRequest(request_id="hers"), **kw),
             lambda **kw: cache.ListPrefixes(cache_pb2.ListPrefixesRequest(), **kw),
         ]
         for call in calls:
@@ -98,7 +68,7 @@ async def test_every_method_asks_for_credentials_but_health(running: Stage) -> N
                 assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
             assert await call(metadata=bearer(KEYS["carol"]))
         names = {m.name for m in pb.DESCRIPTOR.services_by_name["Inference"].methods}
-        assert len(names) == 5, "a new method: does it authenticate?"
+        assert len(names) == 6, "a new method: does it authenticate?"
         await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
     assert len(running.leaders[0].submitted) == 2
     assert running.server.num_inflight == 0
@@ -130,18 +100,19 @@ async def test_prompt_is_routed_to_the_blocks_of_its_own_tenant(running: Stage) 
     other = FakeLeader("replica-2")
     other.blocks = _keys(_salt(running, "alice"))
     await running.add(other)
-    leaders = {"replica-1": running.leaders[0], "replica-2": other}
+    cached = {}
     async with grpc.aio.insecure_channel(running.address) as channel:
         stub = InferenceStub(channel)
-        for name, expected in (
-            ("alice", "replica-2"),
-            ("bob", "replica-2"),
-            ("carol", "replica-1"),
-        ):
-            for leader in leaders.values():
-                leader.submitted.clear()
-            await stub.Generate(_request(), metadata=bearer(KEYS[name]))
-            assert leaders[expected].submitted, name
+        for name in ("alice", "bob", "carol"):
+            caller = bearer(KEYS[name])
+            await stub.Generate(_request(request_id=name), metadata=caller)
+            told = await stub.Explain(pb.ExplainRequest(request_id=name), metadata=caller)
+            cached[name] = {c.replica_id: c.cached_tokens for c in told.candidates}
+            if name != "carol":
+                assert other.submitted.pop().prompt_token_ids == PROMPT
+    # The last token of a prompt is always computed.
+    assert cached["alice"] == cached["bob"] == {"replica-1": 0, "replica-2": len(PROMPT) - 1}
+    assert cached["carol"] == {"replica-1": 0, "replica-2": 0}
 
 
 @pytest.mark.integration

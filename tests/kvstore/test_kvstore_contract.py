@@ -52,6 +52,49 @@ async def test_lease_that_is_shortened_ends_earlier(kind: Kind) -> None:
     assert await store.list_leases("replica") == {}
 
 
+async def test_counter_adds_up_and_is_read_by_adding_nothing(kind: Kind) -> None:
+    store = await kind.open()
+    assert await store.count("a", 0, 30.0) == 0
+    assert await store.count("a", 5, 30.0) == 5
+    assert await store.count("a", 2**50, 30.0) == 2**50 + 5
+    assert await store.count("a", -(2**50), 30.0) == 5
+    assert await store.count("a:b", -3, 30.0) == -3
+    assert await store.count("a", 0, 30.0) == 5
+
+
+async def test_counter_takes_nothing_beyond_what_it_may_be(kind: Kind) -> None:
+    store = await kind.open()
+    assert await store.count("a", 8, 30.0, at_most=10) == 8
+    assert await store.count("a", 3, 30.0, at_most=10) == 11
+    assert await store.count("a", 2, 30.0, at_most=10) == 10
+    assert await store.count("a", 0, 30.0, at_most=0) == 10
+    assert await store.count("a", -1, 30.0, at_most=10) == 9
+    assert await store.count("b", 1, 30.0, at_most=-4) == 1
+    assert await store.count("b", 0, 30.0) == 0
+
+
+async def test_counter_of_many_writers_is_exact(kind: Kind) -> None:
+    store = await kind.open()
+    sums = await asyncio.gather(*(store.count("a", 1, 30.0, at_most=40) for _ in range(60)))
+    assert sorted(sums) == [*range(1, 41), *[41] * 20]
+    assert await store.count("a", 0, 30.0) == 40
+
+
+async def test_counter_ends_a_ttl_after_its_first_addition(kind: Kind) -> None:
+    store = await kind.open()
+    await store.count("refused", 2, 30.0, at_most=1)  # no addition
+    await store.count("read", 0, 30.0)  # nor this
+    await store.count("lasting", 1, 30.0)
+    for key in ("a", "refused", "read"):
+        await store.count(key, 1, TTL_S)
+    await kind.elapse(0.6 * TTL_S)
+    assert await store.count("a", 1, TTL_S) == 2
+    await kind.elapse(0.6 * TTL_S)
+    for key in ("a", "refused", "read"):
+        assert await store.count(key, 1, TTL_S) == 1
+    assert await store.count("lasting", 1, TTL_S) == 2
+
+
 async def test_record_is_listed_by_key_until_it_is_dropped(kind: Kind) -> None:
     store = await kind.open()
     assert (await store.list_records("prefix")).values == {}
@@ -176,6 +219,8 @@ async def test_namespaces_do_not_see_each_other(kind: Kind) -> None:
     await left.put_lease("replica", "a", b"", 30.0)
     await left.put_record("prefix", "a", b"left")
     await left.append_journal("r", [b"left"])
+    await left.count("a", 1, 30.0)
+    assert await right.count("a", 0, 30.0) == 0
     assert await right.list_leases("replica") == {}
     assert (await right.list_records("prefix")).values == {}
     assert await right.read_journal("r") == []

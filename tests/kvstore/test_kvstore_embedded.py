@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from cluster.clock import VirtualClock
 from cluster.config import StoreConfig
 from cluster.errors import OverloadedError
-from cluster.kvstore.embedded import EmbeddedStore
+from cluster.kvstore.embedded import MAX_COUNTERS, EmbeddedStore
 
 T = TypeVar("T")
 
@@ -41,6 +41,7 @@ class StoreModel(RuleBasedStateMachine):
         config = StoreConfig.model_validate({"journal_ttl_s": JOURNAL_TTL_S})
         self.store = EmbeddedStore(config, self.clock, max_journal_bytes=1000)
         self.leases: dict[tuple[str, str], tuple[bytes, float]] = {}
+        self.counters: dict[str, tuple[int, float]] = {}
         self.records: dict[tuple[str, str], bytes] = {}
         self.copies: dict[str, tuple[str, dict[str, bytes] | None]] = {}
         self.journals: list[tuple[str, list[bytes], float]] = []  # oldest append first
@@ -67,6 +68,21 @@ class StoreModel(RuleBasedStateMachine):
             if of == kind and end_s > self.clock.now()
         }
         assert list(run(self.store.list_leases(kind)).items()) == list(expected.items())
+
+    @rule(
+        key=st.sampled_from("abcd"),
+        amount=st.integers(-3, 9),
+        ttl_s=st.sampled_from([5.0, 10.0, 30.0]),
+        at_most=st.sampled_from([None, 7]),
+    )
+    def count(self, key: str, amount: int, ttl_s: float, at_most: int | None) -> None:
+        now_s = self.clock.now()
+        known, end_s = self.counters.get(key, (0, 0.0))
+        if end_s <= now_s:
+            known, end_s = 0, now_s + ttl_s
+        assert run(self.store.count(key, amount, ttl_s, at_most=at_most)) == known + amount
+        if amount and (at_most is None or known + amount <= at_most):
+            self.counters[key] = (known + amount, end_s)
 
     @rule(kind=names, key=names, value=st.binary(max_size=3))
     def put_record(self, kind: str, key: str, value: bytes) -> None:
@@ -153,10 +169,14 @@ def test_embedded_ttl_ends_at_its_very_moment() -> None:
     store = EmbeddedStore(config, clock)
     run(store.put_lease("replica", "a", b"", 8.0))
     run(store.append_journal("r", [b"entry"]))
+    run(store.count("longer", 1, 80.0))
+    run(store.count("a", 5, 8.0))
     clock.advance(7.75)
+    assert run(store.count("a", 0, 8.0)) == 5
     assert run(store.list_leases("replica")) == {"a": b""}
     assert run(store.read_journal("r")) == [b"entry"]
     clock.advance(0.25)
+    assert run(store.count("a", 0, 8.0)) == 0
     assert run(store.list_leases("replica")) == {}
     assert run(store.read_journal("r")) == []
 
@@ -168,3 +188,17 @@ def test_embedded_journal_that_was_silent_longest_makes_room() -> None:
         run(store.append_journal(key, entry if key != "a" else [bytes(100)]))
     assert [len(run(store.read_journal(key))) for key in "abcd"] == [2, 0, 1, 1]
     store.check_invariants()
+
+
+def test_embedded_counters_are_bounded_and_make_room_when_they_end() -> None:
+    clock = VirtualClock()
+    store = EmbeddedStore(StoreConfig(), clock)
+    for number in range(MAX_COUNTERS):
+        run(store.count(str(number), 1, 60.0 if number else 90.0))
+    with pytest.raises(OverloadedError, match="131072 counters, limit=131072"):
+        run(store.count("one more", 1, 60.0))
+    assert run(store.count("one more", 0, 60.0)) == 0
+    assert run(store.count("7", 1, 60.0)) == 2
+    clock.advance(90.0)
+    assert run(store.count("one more", 1, 60.0)) == 1
+    assert len(store._counters) == 1

@@ -128,6 +128,13 @@ def test_guard_has_every_call_of_its_protocol(wrapper: type, protocol: type) -> 
     assert calls(wrapper) == calls(protocol)
 
 
+async def test_guard_passes_all_arguments_of_counters() -> None:
+    store, guard = guarded(VirtualClock())
+    assert await guard.count("a", 2, 30.0, at_most=2) == 2
+    assert await guard.count("a", 1, 30.0, at_most=2) == 3
+    assert await store.count("a", 0, 30.0) == 2
+
+
 async def test_guard_passes_all_arguments_of_blocks() -> None:
     clock = VirtualClock()
     config = StoreConfig()

@@ -39,13 +39,15 @@ async def test_redis_value_of_another_type_is_unavailable(
         await store.append_journal("r", [b"entry"])
 
 
-async def test_redis_leases_and_journals_do_not_last_for_ever(
+async def test_redis_leases_counters_and_journals_do_not_last_for_ever(
     store: RedisStore, raw: redis_client.Redis
 ) -> None:
     await store.put_lease("replica", "a", b"", 30.0)
     await store.append_journal("r", [b"entry"])
+    await store.count("c", 1, 30.0)
+    await store.count("read", 0, 30.0)
     names = raw.keys(f"*{store._config.namespace}*")
-    assert len(names) == 3
+    assert len(names) == 4
     assert all(raw.pttl(name) > 0 for name in names)
 
 

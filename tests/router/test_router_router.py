@@ -1,128 +1,102 @@
+"""Filter, score, pick: who can take a request, and what is told of the decision."""
+
 from __future__ import annotations
 
+import random
+
 import pytest
+from route_fakes import BLOCK_SIZE, IDLE, Pool, info, load, request
 
 from cluster.config import RouterConfig
 from cluster.router.prefix_index import PrefixIndex
 from cluster.router.replica_table import ReplicaTable
 from cluster.router.router import Router
-from cluster.types import ReplicaInfo, ReplicaLoad, ReplicaSnapshot
-
-BLOCK_SIZE = 16
 
 
-def _replica(
-    replica_id: str, load: ReplicaLoad | None = None, inflight: int = 0, prefill: int = 0
-) -> ReplicaSnapshot:
-    info = ReplicaInfo(replica_id, "host:1", "m", "f", 1, 1, BLOCK_SIZE, 1024)
-    return ReplicaSnapshot(info, load or ReplicaLoad(), inflight, prefill)
+def _none(pool: Pool, **kwargs: object) -> bool:
+    route = request(**kwargs)  # type: ignore[arg-type]
+    return pool.router.pick(route, pool.table, pool.index, 0.0) is None
 
 
-def _index(**blocks: list[int]) -> PrefixIndex:
-    index = PrefixIndex()
-    for replica_id, keys in blocks.items():
-        index.replace(replica_id, keys)
-    return index
+def test_router_without_replicas_picks_none() -> None:
+    router = Router(RouterConfig(), random.Random(0))
+    assert router.pick(request(), ReplicaTable(), PrefixIndex(), 0.0) is None
 
 
-def _pick(router: Router, replicas: list[ReplicaSnapshot], index: PrefixIndex | None = None) -> str:
-    decision = router.pick([1, 2, 3, 4], 64, replicas, index or PrefixIndex())
-    assert decision is not None
-    return decision.replica_id
+def test_router_passes_over_draining_replicas() -> None:
+    pool = Pool({"a": load(is_draining=True), "b": load(work_s=9.0)})
+    decision = pool.pick(request())
+    assert (decision.replica_id, decision.num_candidates, decision.num_excluded) == ("b", 1, 1)
+    pool.table.on_load("b", load(is_draining=True))
+    assert _none(pool)
+    pool.table.on_load("a", IDLE)
+    assert pool.pick(request()).replica_id == "a"
 
 
-def test_pick_takes_the_longest_cached_prefix() -> None:
-    replicas = [_replica("a"), _replica("b"), _replica("c")]
-    assert _pick(Router(RouterConfig()), replicas, _index(a=[1], b=[1, 2, 3], c=[2, 3, 4])) == "b"
+def test_router_takes_replicas_of_the_model_that_is_asked_for() -> None:
+    pool = Pool()
+    pool.add(info("a", model="small"))
+    pool.add(info("b", model="large"), load(work_s=5.0))
+    assert pool.pick(request(model="large")).replica_id == "b"
+    assert pool.pick(request()).replica_id == "a"
+    assert _none(pool, model="unknown")
 
 
-def test_pick_prefers_idle_over_cached_where_the_queue_outweighs_the_prefix() -> None:
-    router, index = Router(RouterConfig()), _index(a=[1, 2])
-    assert _pick(router, [_replica("a", ReplicaLoad()), _replica("b")], index) == "a"
-    busy = ReplicaLoad(num_queued_prefill_tokens=2 * BLOCK_SIZE + 1)
-    assert _pick(router, [_replica("a", busy), _replica("b")], index) == "b"
+def test_router_sends_no_prompt_that_leaves_no_room_for_an_answer() -> None:
+    pool = Pool()
+    pool.add(info("short", max_model_len=100))
+    pool.add(info("long", max_model_len=1000), load(work_s=5.0))
+    assert pool.pick(request(99)).replica_id == "short"
+    assert pool.pick(request(100)).replica_id == "long"
+    assert _none(pool, num_tokens=1000)
 
 
-def test_pick_weighs_running_waiting_and_inflight() -> None:
-    router = Router(RouterConfig(running_cost_tokens=10, waiting_cost_tokens=25))
-    decision = router.pick(
-        [],
-        5,
-        [
-            _replica("running", ReplicaLoad(num_running=2)),
-            _replica("waiting", ReplicaLoad(num_waiting=1)),
-            _replica("inflight", inflight=1, prefill=3),
-        ],
-        PrefixIndex(),
-    )
-    assert decision is not None
-    assert {c.replica_id: c.score for c in decision.candidates} == {
-        "running": 25,
-        "waiting": 30,
-        "inflight": 33,
-    }
-    assert decision.chosen.num_uncached_tokens == 5
+def test_router_knows_a_prompt_by_other_keys_on_other_kinds_of_replicas() -> None:
+    pool = Pool()
+    pool.add(info("a", fingerprint="bf16", block_size=16), keys=[1, 2])
+    pool.add(info("b", fingerprint="int8", block_size=32), keys=[71, 72])
+    pool.add(info("c", fingerprint="int8", block_size=32), keys=[1, 2])
+    route = request(100, {"bf16": [1, 2, 3, 4, 5, 6], "int8": [71, 72, 73]})
+    cached = {c.replica_id: c.num_cached_tokens for c in pool.pick(route).candidates}
+    assert cached == {"a": 32, "b": 64, "c": 0}
 
 
-def test_pick_passes_over_draining_replicas() -> None:
-    router = Router(RouterConfig())
-    draining = _replica("a", ReplicaLoad(is_draining=True))
-    assert _pick(router, [draining, _replica("b", ReplicaLoad(num_running=9))]) == "b"
-    assert router.pick([], 1, [draining], PrefixIndex()) is None
-    assert router.pick([], 1, [], PrefixIndex()) is None
+def test_router_follows_replicas_that_come_go_and_come_back() -> None:
+    pool = Pool("ab").cache(a=[1, 2, 3], b=[9])
+    route = request(100, [1, 2, 3])
+    assert pool.pick(route).chosen.num_cached_tokens == 48
+    pool.remove("a")
+    assert [c.num_cached_tokens for c in pool.pick(route).candidates] == [0]
+    pool.add(info("c"), keys=[1])
+    pool.add(info("a"), keys=[1, 2])
+    cached = {c.replica_id: c.num_cached_tokens for c in pool.pick(route).candidates}
+    assert cached == {"a": 32, "b": 0, "c": 16}
 
 
-def test_pick_breaks_ties_by_inflight_then_id() -> None:
-    router = Router(RouterConfig(running_cost_tokens=64, waiting_cost_tokens=64))
-    one_running, one_sent = _replica("b", ReplicaLoad(num_running=1)), _replica("a", inflight=1)
-    assert _pick(router, [one_sent, one_running]) == "b"
-    assert _pick(router, [_replica("z"), _replica("y")]) == "y"
+def test_router_computes_the_last_token_of_a_cached_prompt() -> None:
+    chosen = Pool("a").cache(a=[1, 2]).pick(request(2 * BLOCK_SIZE, [1, 2])).chosen
+    assert (chosen.num_cached_tokens, chosen.num_uncached_tokens) == (2 * BLOCK_SIZE - 1, 1)
 
 
-def test_pick_of_a_fully_cached_prompt_still_computes_one_token() -> None:
-    decision = Router(RouterConfig()).pick(
-        [1, 2], 2 * BLOCK_SIZE, [_replica("a")], _index(a=[1, 2])
-    )
-    assert decision is not None
-    assert decision.num_cached_blocks == 2
-    assert decision.chosen.num_uncached_tokens == 1
+def test_router_names_the_chosen_one_first_and_few_others() -> None:
+    pool = Pool({f"r{number:02}": load(work_s=1.0 + number) for number in range(20)})
+    decision = pool.pick(request())
+    assert decision.replica_id == decision.candidates[0].replica_id == "r00"
+    names = [candidate.replica_id for candidate in decision.candidates]
+    assert names == [f"r{number:02}" for number in range(len(names))]
+    assert 2 <= len(names) <= 8
+    assert (decision.num_candidates, decision.num_excluded) == (20, 0)
+    scores = [candidate.score for candidate in decision.candidates]
+    assert scores == sorted(scores)
 
 
-def test_least_tokens_ignores_the_cache() -> None:
-    router = Router(RouterConfig(policy="least_tokens"))
-    replicas = [_replica("a", ReplicaLoad(num_queued_prefill_tokens=1)), _replica("b")]
-    assert _pick(router, replicas, _index(a=[1, 2, 3, 4])) == "b"
+@pytest.mark.parametrize("policy", ["slo", "prefix", "random", "power_of_two", "session_hash"])
+def test_router_is_deterministic_per_seed(policy: str) -> None:
+    def picks(seed: int) -> list[str]:
+        pool = Pool([f"r{number}" for number in range(8)], policy=policy, seed=seed)
+        routes = [request(160, [number % 3], session=str(number)) for number in range(30)]
+        return [pool.send(route) for route in routes]
 
-
-def test_round_robin_takes_turns_as_replicas_come_and_go() -> None:
-    router = Router(RouterConfig(policy="round_robin"))
-    three = [_replica("a"), _replica("b", ReplicaLoad(num_running=50)), _replica("c")]
-    assert [_pick(router, three) for _ in range(4)] == ["a", "b", "c", "a"]
-    assert [_pick(router, [three[0], three[2]]) for _ in range(2)] == ["c", "a"]
-
-
-@pytest.mark.parametrize("num_requests", [12, 100])
-def test_burst_between_two_load_reports_is_spread(num_requests: int) -> None:
-    router, table = Router(RouterConfig()), ReplicaTable()
-    for replica_id in ("a", "b", "c", "d"):
-        table.add(_replica(replica_id).info, ReplicaLoad())
-    counts = dict.fromkeys("abcd", 0)
-    for number in range(num_requests):
-        decision = router.pick([1, 2, 3, 4], 64, table.snapshots(), PrefixIndex())
-        assert decision is not None
-        counts[decision.replica_id] += 1
-        table.on_submit(decision.replica_id, f"r{number}", decision.chosen.num_uncached_tokens)
-    assert max(counts.values()) == num_requests // 4
-
-
-def test_hot_prefix_does_not_drown_its_replica() -> None:
-    router, table, index = Router(RouterConfig()), ReplicaTable(), _index(a=[1, 2, 3, 4])
-    for replica_id in ("a", "b"):
-        table.add(_replica(replica_id).info, ReplicaLoad())
-    counts = {"a": 0, "b": 0}
-    for number in range(40):
-        decision = router.pick([1, 2, 3, 4], 64, table.snapshots(), index)
-        assert decision is not None
-        counts[decision.replica_id] += 1
-        table.on_submit(decision.replica_id, f"r{number}", decision.chosen.num_uncached_tokens)
-    assert counts["a"] > counts["b"] > 10
+    assert picks(1) == picks(1)
+    if policy != "session_hash":
+        assert picks(1) != picks(2)

@@ -11,12 +11,14 @@ from cluster.rpc.sluice.internal.v1 import engine_pb2
 from cluster.types import (
     SLO,
     CacheLoad,
+    DueWork,
     EngineOutput,
     EngineRequest,
     FinishReason,
     ReplicaLoad,
     SampledToken,
     SamplingParams,
+    ServiceClass,
     StepCost,
     StoreState,
     TokenLogprob,
@@ -53,6 +55,9 @@ _request = st.builds(
     deadline_s=st.none() | st.floats(1e-6, 1e9),
     slo=st.builds(SLO, ttft_s=st.none() | _double, tpot_s=st.none() | _double),
     pins_prefix=st.booleans(),
+    service_class=st.sampled_from(ServiceClass),
+    tenant=_text,
+    tenant_weight=st.floats(1e-6, 1e6),
 )
 _top = st.lists(st.builds(TokenLogprob, token_id=_u32, logprob=_float), max_size=3).map(tuple)
 _plain = st.builds(SampledToken, token_id=_u32)
@@ -82,7 +87,13 @@ _cache = st.builds(
     }
     | {"store_state": st.sampled_from(StoreState), "saved_s": _double},
 )
-_others = {"is_draining": st.booleans(), "step_cost": st.none() | _cost, "cache": _cache}
+_others = {
+    "is_draining": st.booleans(),
+    "step_cost": st.none() | _cost,
+    "cache": _cache,
+    "due": st.lists(st.builds(DueWork, due_s=_double, work_s=_double), max_size=4).map(tuple),
+    **dict.fromkeys(("late_s", "prefill_token_s", "decode_step_s", "fetch_block_s"), _double),
+}
 _load = st.builds(
     ReplicaLoad,
     **{

@@ -30,6 +30,7 @@ from cluster.rpc import public, public_cache
         UnauthenticatedError("who"),
         PermissionDeniedError("no"),
         OverloadedError("full", retry_after_s=2.5),
+        OverloadedError("too late", retry_after_s=0.5, reason="SLO_NOT_ATTAINABLE"),
         DeadlineError("late"),
         CancelledError("gone"),
         UnavailableError("away"),

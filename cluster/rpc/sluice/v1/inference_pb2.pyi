@@ -33,6 +33,14 @@ class StoreState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STORE_STATE_EXACT: _ClassVar[StoreState]
     STORE_STATE_DEGRADED: _ClassVar[StoreState]
     STORE_STATE_OFF: _ClassVar[StoreState]
+
+class AdmissionOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ADMISSION_OUTCOME_UNSPECIFIED: _ClassVar[AdmissionOutcome]
+    ADMISSION_OUTCOME_DISPATCHED: _ClassVar[AdmissionOutcome]
+    ADMISSION_OUTCOME_DEGRADED: _ClassVar[AdmissionOutcome]
+    ADMISSION_OUTCOME_QUEUED: _ClassVar[AdmissionOutcome]
+    ADMISSION_OUTCOME_REFUSED: _ClassVar[AdmissionOutcome]
 SERVICE_CLASS_UNSPECIFIED: ServiceClass
 SERVICE_CLASS_INTERACTIVE: ServiceClass
 SERVICE_CLASS_STANDARD: ServiceClass
@@ -48,6 +56,11 @@ STORE_STATE_UNSPECIFIED: StoreState
 STORE_STATE_EXACT: StoreState
 STORE_STATE_DEGRADED: StoreState
 STORE_STATE_OFF: StoreState
+ADMISSION_OUTCOME_UNSPECIFIED: AdmissionOutcome
+ADMISSION_OUTCOME_DISPATCHED: AdmissionOutcome
+ADMISSION_OUTCOME_DEGRADED: AdmissionOutcome
+ADMISSION_OUTCOME_QUEUED: AdmissionOutcome
+ADMISSION_OUTCOME_REFUSED: AdmissionOutcome
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -96,7 +109,7 @@ class LatencyObjective(_message.Message):
     def __init__(self, ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "sampling", "service_class", "latency", "prefix")
+    __slots__ = ("request_id", "model", "text", "token_ids", "sampling", "service_class", "latency", "prefix", "session")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +118,7 @@ class GenerateRequest(_message.Message):
     SERVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
     LATENCY_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -113,7 +127,8 @@ class GenerateRequest(_message.Message):
     service_class: ServiceClass
     latency: LatencyObjective
     prefix: str
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., service_class: _Optional[_Union[ServiceClass, str]] = ..., latency: _Optional[_Union[LatencyObjective, _Mapping]] = ..., prefix: _Optional[str] = ...) -> None: ...
+    session: str
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., service_class: _Optional[_Union[ServiceClass, str]] = ..., latency: _Optional[_Union[LatencyObjective, _Mapping]] = ..., prefix: _Optional[str] = ..., session: _Optional[str] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
     __slots__ = ("request",)
@@ -178,10 +193,12 @@ class GenerateResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[PositionLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class Queued(_message.Message):
-    __slots__ = ("position",)
+    __slots__ = ("position", "estimate_s")
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_S_FIELD_NUMBER: _ClassVar[int]
     position: int
-    def __init__(self, position: _Optional[int] = ...) -> None: ...
+    estimate_s: float
+    def __init__(self, position: _Optional[int] = ..., estimate_s: _Optional[float] = ...) -> None: ...
 
 class Running(_message.Message):
     __slots__ = ("replica_id",)
@@ -348,3 +365,57 @@ class ClusterStatusResponse(_message.Message):
     num_inflight: int
     gateway_id: str
     def __init__(self, replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., num_queued: _Optional[int] = ..., num_inflight: _Optional[int] = ..., gateway_id: _Optional[str] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class RouteCandidate(_message.Message):
+    __slots__ = ("replica_id", "score", "cached_tokens", "uncached_tokens", "wait_s", "ttft_p50_s", "ttft_high_s", "tpot_s", "num_requests")
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_P50_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_HIGH_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    score: float
+    cached_tokens: int
+    uncached_tokens: int
+    wait_s: float
+    ttft_p50_s: float
+    ttft_high_s: float
+    tpot_s: float
+    num_requests: int
+    def __init__(self, replica_id: _Optional[str] = ..., score: _Optional[float] = ..., cached_tokens: _Optional[int] = ..., uncached_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ..., ttft_p50_s: _Optional[float] = ..., ttft_high_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., num_requests: _Optional[int] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("request_id", "policy", "outcome", "reason", "candidates", "num_candidates", "num_excluded", "age_s", "ttft_slo_s", "tpot_slo_s", "ttft_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXCLUDED_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_SLO_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_SLO_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    policy: str
+    outcome: AdmissionOutcome
+    reason: str
+    candidates: _containers.RepeatedCompositeFieldContainer[RouteCandidate]
+    num_candidates: int
+    num_excluded: int
+    age_s: float
+    ttft_slo_s: float
+    tpot_slo_s: float
+    ttft_s: float
+    def __init__(self, request_id: _Optional[str] = ..., policy: _Optional[str] = ..., outcome: _Optional[_Union[AdmissionOutcome, str]] = ..., reason: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., num_candidates: _Optional[int] = ..., num_excluded: _Optional[int] = ..., age_s: _Optional[float] = ..., ttft_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ..., ttft_s: _Optional[float] = ...) -> None: ...

@@ -63,6 +63,11 @@ class InferenceStub:
                 request_serializer=sluice_dot_v1_dot_inference__pb2.ClusterStatusRequest.SerializeToString,
                 response_deserializer=sluice_dot_v1_dot_inference__pb2.ClusterStatusResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/sluice.v1.Inference/Explain',
+                request_serializer=sluice_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=sluice_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -108,6 +113,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Explain returns why a request went where it went, for as long as its gateway remembers it:
+        NOT_FOUND after that, and for requests of other tenants.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -135,6 +148,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.ClusterStatus,
                     request_deserializer=sluice_dot_v1_dot_inference__pb2.ClusterStatusRequest.FromString,
                     response_serializer=sluice_dot_v1_dot_inference__pb2.ClusterStatusResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=sluice_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
+                    response_serializer=sluice_dot_v1_dot_inference__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -276,6 +294,33 @@ class Inference:
             '/sluice.v1.Inference/ClusterStatus',
             sluice_dot_v1_dot_inference__pb2.ClusterStatusRequest.SerializeToString,
             sluice_dot_v1_dot_inference__pb2.ClusterStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sluice.v1.Inference/Explain',
+            sluice_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
+            sluice_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

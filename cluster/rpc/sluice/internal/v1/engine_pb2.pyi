@@ -7,6 +7,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ServiceClass(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SERVICE_CLASS_UNSPECIFIED: _ClassVar[ServiceClass]
+    SERVICE_CLASS_INTERACTIVE: _ClassVar[ServiceClass]
+    SERVICE_CLASS_STANDARD: _ClassVar[ServiceClass]
+    SERVICE_CLASS_BATCH: _ClassVar[ServiceClass]
+
 class End(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     END_UNSPECIFIED: _ClassVar[End]
@@ -21,6 +28,10 @@ class StoreState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STORE_STATE_EXACT: _ClassVar[StoreState]
     STORE_STATE_DEGRADED: _ClassVar[StoreState]
     STORE_STATE_OFF: _ClassVar[StoreState]
+SERVICE_CLASS_UNSPECIFIED: ServiceClass
+SERVICE_CLASS_INTERACTIVE: ServiceClass
+SERVICE_CLASS_STANDARD: ServiceClass
+SERVICE_CLASS_BATCH: ServiceClass
 END_UNSPECIFIED: End
 END_STOP: End
 END_LENGTH: End
@@ -62,7 +73,7 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., num_logprobs: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "salt", "deadline_s", "ttft_slo_s", "tpot_slo_s", "pins_prefix")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "salt", "deadline_s", "ttft_slo_s", "tpot_slo_s", "pins_prefix", "service_class", "tenant", "tenant_weight")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +82,9 @@ class Submit(_message.Message):
     TTFT_SLO_S_FIELD_NUMBER: _ClassVar[int]
     TPOT_SLO_S_FIELD_NUMBER: _ClassVar[int]
     PINS_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
@@ -79,7 +93,10 @@ class Submit(_message.Message):
     ttft_slo_s: float
     tpot_slo_s: float
     pins_prefix: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[bytes] = ..., deadline_s: _Optional[float] = ..., ttft_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ..., pins_prefix: _Optional[bool] = ...) -> None: ...
+    service_class: ServiceClass
+    tenant: str
+    tenant_weight: float
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., salt: _Optional[bytes] = ..., deadline_s: _Optional[float] = ..., ttft_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ..., pins_prefix: _Optional[bool] = ..., service_class: _Optional[_Union[ServiceClass, str]] = ..., tenant: _Optional[str] = ..., tenant_weight: _Optional[float] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id",)
@@ -202,7 +219,7 @@ class CacheLoad(_message.Message):
     def __init__(self, store_state: _Optional[_Union[StoreState, str]] = ..., num_host_slots: _Optional[int] = ..., num_host_blocks: _Optional[int] = ..., num_host_hit_tokens: _Optional[int] = ..., num_store_hit_tokens: _Optional[int] = ..., num_device_evictions: _Optional[int] = ..., num_host_evictions: _Optional[int] = ..., num_stored_blocks: _Optional[int] = ..., num_fetched_blocks: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., fetched_bytes: _Optional[int] = ..., num_rejected: _Optional[int] = ..., num_late: _Optional[int] = ..., num_failed: _Optional[int] = ..., num_corrupt: _Optional[int] = ..., saved_s: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_queued_prefill_tokens", "num_free_blocks", "num_blocks", "num_prefix_query_tokens", "num_prefix_hit_tokens", "num_generated_tokens", "is_draining", "step_cost", "cache")
+    __slots__ = ("num_running", "num_waiting", "num_queued_prefill_tokens", "num_free_blocks", "num_blocks", "num_prefix_query_tokens", "num_prefix_hit_tokens", "num_generated_tokens", "is_draining", "step_cost", "cache", "due", "late_s", "prefill_token_s", "decode_step_s", "fetch_block_s")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_QUEUED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -214,6 +231,11 @@ class Load(_message.Message):
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
     STEP_COST_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    DUE_FIELD_NUMBER: _ClassVar[int]
+    LATE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    FETCH_BLOCK_S_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_queued_prefill_tokens: int
@@ -225,7 +247,20 @@ class Load(_message.Message):
     is_draining: bool
     step_cost: StepCost
     cache: CacheLoad
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_queued_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_prefix_query_tokens: _Optional[int] = ..., num_prefix_hit_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., is_draining: _Optional[bool] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., cache: _Optional[_Union[CacheLoad, _Mapping]] = ...) -> None: ...
+    due: _containers.RepeatedCompositeFieldContainer[DueWork]
+    late_s: float
+    prefill_token_s: float
+    decode_step_s: float
+    fetch_block_s: float
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_queued_prefill_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_prefix_query_tokens: _Optional[int] = ..., num_prefix_hit_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., is_draining: _Optional[bool] = ..., step_cost: _Optional[_Union[StepCost, _Mapping]] = ..., cache: _Optional[_Union[CacheLoad, _Mapping]] = ..., due: _Optional[_Iterable[_Union[DueWork, _Mapping]]] = ..., late_s: _Optional[float] = ..., prefill_token_s: _Optional[float] = ..., decode_step_s: _Optional[float] = ..., fetch_block_s: _Optional[float] = ...) -> None: ...
+
+class DueWork(_message.Message):
+    __slots__ = ("due_s", "work_s")
+    DUE_S_FIELD_NUMBER: _ClassVar[int]
+    WORK_S_FIELD_NUMBER: _ClassVar[int]
+    due_s: float
+    work_s: float
+    def __init__(self, due_s: _Optional[float] = ..., work_s: _Optional[float] = ...) -> None: ...
 
 class WatchResponse(_message.Message):
     __slots__ = ("seq", "is_snapshot", "added", "removed", "load")

@@ -1,0 +1,75 @@
+"""How long prompts will take beside what decodes: for the order of prompts, and for the routers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from cluster.config import EngineConfig
+from cluster.engine.prompt_order import Seconds
+from cluster.engine.sequence import Sequence
+from cluster.engine.step_time import StepTimeModel, max_prompt_tokens
+from cluster.types import StepShape
+
+
+class PrefillTime:
+    """Predicts from the fitted cost of steps.
+
+    Args:
+        config: Limits of a step, reserve of the TPOT objectives.
+        step_time: Predicts steps.
+        running: The scheduler's running sequences, as they are when something is asked.
+    """
+
+    def __init__(
+        self, config: EngineConfig, step_time: StepTimeModel, running: Mapping[int, Sequence]
+    ) -> None:
+        self._config = config
+        self._step_time = step_time
+        self._running = running
+
+    def token_s(self) -> float:
+        """Return the seconds per prompt token beside the present decodes; 0 where it is unknown."""
+        cost = self._step_time.cost
+        if cost is None:
+            return 0.0
+        beside, tightest_s = self._decodes()
+        most = max(1, self._config.max_num_batched_tokens - beside.num_tokens)
+        num_tokens = most
+        if tightest_s < math.inf:
+            limit_s = (1 - self._config.tpot_reserve) * tightest_s
+            num_tokens = max_prompt_tokens(cost, limit_s, beside, num_computed_tokens=0, most=most)
+            num_tokens = max(num_tokens, min(self._config.min_prefill_tokens, most))
+        plain = StepShape(  # the prompt's own attention is counted by `of`
+            beside.num_tokens + num_tokens, beside.num_sequences + 1, beside.context_tokens
+        )
+        return cost.seconds(plain) / num_tokens
+
+    def decode_step_s(self) -> float:
+        """Return the seconds of a step of the present decodes alone; 0 where it is unknown."""
+        cost = self._step_time.cost
+        return 0.0 if cost is None else cost.seconds(self._decodes()[0])
+
+    def of(self) -> Seconds:
+        """Return what predicts the seconds until a sequence's prompt is computed, were it alone."""
+        cost, token_s = self._step_time.cost, self.token_s()
+        work_s = cost.prompt_work_s if cost is not None else 0.0
+
+        def seconds(sequence: Sequence) -> float:
+            computed = max(sequence.num_computed_tokens, sequence.num_expected_tokens)
+            num_tokens = max(1, sequence.num_tokens - computed)
+            return num_tokens * (token_s + work_s * (computed + num_tokens / 2))
+
+        return seconds
+
+    def _decodes(self) -> tuple[StepShape, float]:
+        """Return the step of all sequences that decode, and the least TPOT objective of them."""
+        num, context, tightest_s = 0, 0, math.inf
+        for sequence in self._running.values():
+            if sequence.is_decoding:
+                num += 1
+                context += sequence.num_computed_tokens
+                tpot_s = sequence.request.slo.tpot_s
+                if tpot_s is not None and tpot_s < tightest_s:
+                    tightest_s = tpot_s
+        return StepShape(num, num, context), tightest_s

@@ -1,0 +1,1 @@
+"""Virtual time over the very engine, router and autoscaler that serve."""
