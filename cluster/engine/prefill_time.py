@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from cluster.config import EngineConfig
+from cluster.engine.pace import HOPELESS_PROMPT_SHARE
 from cluster.engine.prompt_order import Seconds
 from cluster.engine.sequence import Sequence
 from cluster.engine.step_time import StepTimeModel, max_prompt_tokens
@@ -37,7 +38,10 @@ class PrefillTime:
         most = max(1, self._config.max_num_batched_tokens - beside.num_tokens)
         num_tokens = most
         if tightest_s < math.inf:
+            fastest_s = cost.seconds(beside)
             limit_s = (1 - self._config.tpot_reserve) * tightest_s
+            if tightest_s < fastest_s:  # as in pace.py: nothing can keep it
+                limit_s = fastest_s / (1 - HOPELESS_PROMPT_SHARE)
             num_tokens = max_prompt_tokens(cost, limit_s, beside, num_computed_tokens=0, most=most)
             num_tokens = max(num_tokens, min(self._config.min_prefill_tokens, most))
         plain = StepShape(  # the prompt's own attention is counted by `of`

@@ -28,6 +28,9 @@ from cluster.types import MAX_DUE_WORKS, DueWork, ServiceClass
 IMPLIED_TTFT_S = 30.0
 """A prompt without an objective is ordered as if it had this one, but is never late."""
 
+BATCH_TTFT_S = 1e5
+"""Likewise for the batch class: its weight brings it its turn, not the time that it waits."""
+
 LATE = "late"
 """Class of prompts that cannot meet their objective any more."""
 
@@ -154,7 +157,10 @@ class PromptOrder:
         if sequence.num_output_tokens:
             return -math.inf  # it was preempted: somebody reads its answer already
         ttft_s = sequence.request.slo.ttft_s
-        return sequence.arrived_s + (IMPLIED_TTFT_S if ttft_s is None else ttft_s)
+        if ttft_s is None:
+            is_batch = sequence.request.service_class is ServiceClass.BATCH
+            ttft_s = BATCH_TTFT_S if is_batch else IMPLIED_TTFT_S
+        return sequence.arrived_s + ttft_s
 
     def _can_be_late(self, sequence: Sequence) -> bool:
         if self._is_fcfs or sequence.num_output_tokens:

@@ -114,13 +114,13 @@ class Generation:
         """Send events up to `finished`; return whether the objective was kept.
 
         A replica that refuses the request, or is lost before its first token, is replaced once by
-        the next best one: nothing of an answer has been seen yet.
+        another one: nothing of an answer has been seen yet.
 
         Raises:
             SluiceError: The request has failed.
         """
         try:
-            await self._serve(await self._place())
+            await self._serve()
         finally:
             # Before the last event: a client that does not read it holds no place at a replica.
             self._parts.waiting.end(self._route.request_id)
@@ -142,19 +142,22 @@ class Generation:
             queued=inference_pb2.Queued(position=outcome.position, estimate_s=outcome.estimate_s)
         )
 
-    async def _serve(self, outcome: Outcome) -> None:
-        """Have a replica answer, or the next best one."""
-        assert outcome.decision is not None, "what is dispatched goes somewhere"
-        candidates = outcome.decision.candidates[:_MAX_ATTEMPTS]
-        for index, candidate in enumerate(candidates, start=1):
-            if index > 1:
-                self._parts.dispatcher.resend(self._route, candidate, time.monotonic())
+    async def _serve(self) -> None:
+        """Have a replica answer; where that fails, another one, on what is known by then."""
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            outcome = await self._place()
+            assert outcome.decision is not None, "what is dispatched goes somewhere"
+            replica_id = outcome.decision.replica_id
             try:
-                await self._attempt(candidate.replica_id, outcome.slo)
+                await self._attempt(replica_id, outcome.slo)
                 break
             except (OverloadedError, UnavailableError):
-                if self._answer.num_tokens or index == len(candidates):
+                others = self._route._replace(excluded=(replica_id,))
+                can_go_on = self._parts.dispatcher.can_place(others)
+                if self._answer.num_tokens or attempt == _MAX_ATTEMPTS or not can_go_on:
                     raise
+                self._parts.waiting.end(self._route.request_id)
+                self._route = others
 
     async def _attempt(self, replica_id: str, slo: SLO) -> None:
         link = self._parts.fleet.link(replica_id)

@@ -143,7 +143,7 @@ class WaitingRoom:
             await asyncio.wait([turn], timeout=min(left_s, _tell_interval_s(told)))
             if turn.done():
                 return turn.result()
-            place = self._dispatcher.place(request.request_id)
+            place = self._dispatcher.place(request.request_id, time.monotonic())
             if place is not None and _is_news(told, place.position):
                 await tell(place)
                 told = place.position

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -27,10 +27,15 @@ from cluster.router.router import Router
 from cluster.router.waiting_queue import WaitingQueue
 from cluster.types import NO_SLO, ServiceClass
 
+MAX_HOLD_S = 2.0
+"""A request waits at the gateway for room at most so long, while there is a replica."""
+
 MIN_RETRY_S = 0.1
 """A refused request is told to wait at least so long."""
 
 _MIN_DUES = 64
+_MAX_DEPARTURES = 256
+_DEPARTURES_WINDOW_S = 10.0  # what left before says nothing about what leaves now
 _MAX_ERRORS = 4096  # of predictions, until somebody takes them
 
 
@@ -53,6 +58,7 @@ class _Flight:
     sent_s: float
     predicted_s: float  # to the first token, without correction
     longest_s: float  # beyond its objective the engine lets others go first: nothing is learned
+    is_in_time: bool  # by what was predicted
     has_token: bool = False
     is_missed: bool = False  # its objective, as far as was learnt
 
@@ -71,7 +77,9 @@ class Dispatcher:
         self._config = config
         self._router = Router(config.router, rng)
         self._queue = WaitingQueue(config)
-        self._has_line = False  # somebody waits for room that others may not take
+        # Classes of which somebody waits for room that others of it may not take.
+        self._lines: dict[ServiceClass, None] = {}
+        self._pushed_out: list[tuple[RouteRequest, Outcome]] = []  # of a full queue, not told yet
         self._flights: dict[str, _Flight] = {}
         self._explained: OrderedDict[str, Explanation] = OrderedDict()
         self._dues: list[tuple[float, str]] = []  # of first tokens, a heap
@@ -95,8 +103,8 @@ class Dispatcher:
     def submit(self, request: RouteRequest, now_s: float) -> Outcome:
         """Decide about a request that has arrived; one that is dispatched counts as sent."""
         self._note_misses(now_s)
-        has_line = self._has_line and len(self._queue) > 0  # those that wait came first
-        outcome = None if has_line else self._decide(request, now_s)
+        has_line = request.service_class in self._lines and len(self._queue) > 0
+        outcome = None if has_line else self._decide(request, now_s)  # those that wait came first
         if outcome is None:
             outcome = self._enqueue(request, now_s)
         self._remember(request, outcome, now_s)
@@ -104,17 +112,17 @@ class Dispatcher:
 
     def poll(self, now_s: float) -> list[tuple[RouteRequest, Outcome]]:
         """Return the queued requests that leave the queue now: dispatched, refused or expired."""
-        left = []
+        left, self._pushed_out = self._pushed_out, []
         for request in self._queue.expired(now_s):
             left.append((request, self._expired(request, now_s)))
-        self._has_line = False
+        self._lines.clear()
         for request in self._queue.order(now_s):
+            if request.service_class in self._lines:
+                continue  # the next one may be smaller, but would let the first one starve
             outcome = self._decide(request, now_s)
             if outcome is None:
-                if self._is_fit(request):
-                    self._has_line = True
-                    break  # the next one may be smaller, but would let this one starve
-                continue  # no replica takes such a request at all: it holds up nobody
+                self._hold_line(request)
+                continue
             if outcome.is_dispatched:
                 self._queue.served(request)
             else:
@@ -127,18 +135,17 @@ class Dispatcher:
 
     def next_poll_s(self) -> float:
         """Return when `poll` is due though nothing happens; infinite while nothing is queued."""
-        return self._queue.next_expiry_s
+        return -math.inf if self._pushed_out else self._queue.next_expiry_s
 
-    def place(self, request_id: str) -> Outcome | None:
+    def place(self, request_id: str, now_s: float) -> Outcome | None:
         """Return the present place of a queued request, with a new estimate; None: not queued."""
         if request_id not in self._queue:
             return None
-        return self._queued(self._queue.position(request_id))
+        return self._queued(self._queue.position(request_id), now_s)
 
-    def resend(self, request: RouteRequest, candidate: Candidate, now_s: float) -> None:
-        """Note that a request goes to another candidate of its decision: the one before failed."""
-        self._land(request.request_id)
-        self._send(request, candidate, now_s)
+    def can_place(self, request: RouteRequest) -> bool:
+        """Return whether a replica takes such a request, were there room."""
+        return self._router.takes(request, self.table)
 
     def on_first_token(self, request_id: str, now_s: float) -> None:
         """Learn from when the first token came."""
@@ -148,13 +155,16 @@ class Dispatcher:
         self._note_misses(now_s)  # this one may be among them
         flight.has_token = True
         actual_s = now_s - flight.sent_s
-        if actual_s <= flight.longest_s:
+        if flight.is_in_time and actual_s <= flight.longest_s:
             self.table.risk.observe(flight.candidate.ttft_p50_s, actual_s, now_s)
-        self.table.on_first_token(
-            flight.candidate.replica_id,
-            predicted_s=flight.predicted_s,
-            actual_s=min(actual_s, flight.longest_s),
-        )
+        # Batch work without an objective lets everybody pass: it says nothing about a replica.
+        is_batch = flight.request.service_class is ServiceClass.BATCH
+        if flight.longest_s < math.inf or not is_batch:
+            self.table.on_first_token(
+                flight.candidate.replica_id,
+                predicted_s=flight.predicted_s,
+                actual_s=min(actual_s, flight.longest_s),
+            )
         if flight.candidate.ttft_p50_s > 0 and len(self._errors) < _MAX_ERRORS:
             self._errors.append(actual_s / flight.candidate.ttft_p50_s)
         explanation = self._explained.get(request_id)
@@ -164,8 +174,11 @@ class Dispatcher:
 
     def on_end(self, request_id: str) -> None:
         """Forget a request, wherever it stands; its decision can be explained for a while."""
-        if request_id in self._queue:
-            self._queue.remove(request_id)
+        self._queue.remove(request_id)
+        if self._pushed_out:
+            self._pushed_out = [
+                item for item in self._pushed_out if item[0].request_id != request_id
+            ]
         self._land(request_id)
         self._router.on_end(request_id)
 
@@ -187,15 +200,18 @@ class Dispatcher:
                 flight.is_missed = True
                 self.table.risk.observe(flight.candidate.ttft_p50_s, math.inf, now_s)
 
-    def _is_fit(self, request: RouteRequest) -> bool:
-        """Return whether a request waits for room, or for a replica to come."""
-        return not len(self.table) or self._router.takes(request, self.table)
+    def _hold_line(self, request: RouteRequest) -> None:
+        """Let those of its class wait behind a request that waits for room, or for a replica."""
+        if not len(self.table) or self.can_place(request):
+            self._lines[request.service_class] = None
 
     def _decide(self, request: RouteRequest, now_s: float) -> Outcome | None:
         """Dispatch or refuse a request; None: it has to wait."""
         decision = self._router.pick(request, self.table, self.index, now_s)
-        if decision is None or decision.is_full:
+        if decision is None:
             return None
+        if decision.is_full and now_s - request.arrived_s < MAX_HOLD_S:
+            return None  # later the engine's own queue keeps a place for it
         if decision.meets_slo or self._config.router.admission == "off":
             return self._dispatch(request, decision, now_s)
         return self._miss(request, decision, now_s)
@@ -209,17 +225,19 @@ class Dispatcher:
             return self._refused(reason, decision, late_s)
         if request.slo.ttft_s is not None:
             late_s = now_s + ttft_s - request.arrived_s - request.slo.ttft_s
+            if request.arrived_s + request.slo.ttft_s < now_s:
+                return self._degraded(request, decision, now_s)  # it waited for us
         on_miss = class_config(self._config.engine, request.service_class).on_miss
         if on_miss == "refuse":
             return self._refused(_objective(request, decision), decision, late_s)
         if on_miss == "degrade":
-            reason = f"{_objective(request, decision)}: served without it"
-            return replace(
-                self._dispatch(request._replace(slo=NO_SLO), decision, now_s),
-                kind=OutcomeKind.DEGRADED,
-                reason=reason,
-            )
+            return self._degraded(request, decision, now_s)
         return self._dispatch(request, decision, now_s)
+
+    def _degraded(self, request: RouteRequest, decision: Decision, now_s: float) -> Outcome:
+        outcome = self._dispatch(request._replace(slo=NO_SLO), decision, now_s)
+        reason = f"{_objective(request, decision)}: served without it"
+        return replace(outcome, kind=OutcomeKind.DEGRADED, reason=reason)
 
     def _dispatch(self, request: RouteRequest, decision: Decision, now_s: float) -> Outcome:
         self._router.take()
@@ -238,23 +256,24 @@ class Dispatcher:
 
     def _enqueue(self, request: RouteRequest, now_s: float) -> Outcome:
         until_s = now_s + self._config.gateway.queue_timeout_s
+        retry_s = max(MIN_RETRY_S, self._departures.seconds(1, now_s) or 1.0)
         try:
-            self._queue.push(request, until_s)
+            pushed_out = self._queue.push(request, until_s)
         except OverloadedError as error:
-            return Outcome(
-                OutcomeKind.REFUSED, str(error), retry_after_s=self._departures.seconds(1) or 1.0
-            )
-        if len(self._queue) == 1:
-            self._departures.begin()
-        self._has_line = self._has_line or self._is_fit(request)
-        return self._queued(self._queue.position(request.request_id))
+            return Outcome(OutcomeKind.REFUSED, str(error), retry_after_s=retry_s)
+        for other in pushed_out:
+            reason = "the gateway's queue is full of requests that come before: try again later"
+            outcome = Outcome(OutcomeKind.REFUSED, reason, retry_after_s=retry_s)
+            self._pushed_out.append((other, outcome))
+        self._hold_line(request)
+        return self._queued(self._queue.position(request.request_id), now_s)
 
-    def _queued(self, position: int) -> Outcome:
+    def _queued(self, position: int, now_s: float) -> Outcome:
         return Outcome(
             OutcomeKind.QUEUED,
             "no replica has room" if len(self.table) else "no replica is ready",
             position=position,
-            estimate_s=self._departures.seconds(position + 1),
+            estimate_s=self._departures.seconds(position + 1, now_s),
         )
 
     def _expired(self, request: RouteRequest, now_s: float) -> Outcome:
@@ -267,14 +286,17 @@ class Dispatcher:
 
     def _send(self, request: RouteRequest, candidate: Candidate, now_s: float) -> None:
         row = self.table.row_of(candidate.replica_id)
-        predicted_s, longest_s = 0.0, math.inf
+        predicted_s, longest_s, is_in_time = 0.0, math.inf, False
         if row is not None:
             predicted_s = candidate.ttft_p50_s / float(self.table.column("median")[row])
             block_size = self.table.kinds[row][1]
             slo = request.slo
             if slo.ttft_s is not None:
-                self._push_due(request.arrived_s + slo.ttft_s, request.request_id)
-                longest_s = max(predicted_s, request.arrived_s + slo.ttft_s - now_s)
+                left_s = request.arrived_s + slo.ttft_s - now_s
+                longest_s = max(predicted_s, left_s)
+                is_in_time = candidate.ttft_high_s <= left_s
+            if is_in_time:  # what was late from the beginning says nothing about predictions
+                self._push_due(now_s + left_s, request.request_id)
             sent = Sent(
                 candidate.num_uncached_tokens,
                 num_blocks=candidate.num_uncached_tokens // block_size + 1,
@@ -283,7 +305,7 @@ class Dispatcher:
             )
             self.table.on_submit(candidate.replica_id, request.request_id, sent)
         self._flights[request.request_id] = _Flight(
-            request, candidate, now_s, predicted_s, longest_s
+            request, candidate, now_s, predicted_s, longest_s, is_in_time
         )
 
     def _push_due(self, due_s: float, request_id: str) -> None:
@@ -308,26 +330,22 @@ class Dispatcher:
 
 
 class _Departures:
-    """How fast requests leave the queue: a running mean of the seconds between two of them."""
+    """How fast requests leave the queue: the last ones of them, and the time since the first."""
 
     def __init__(self) -> None:
-        self._last_s: float | None = None
-        self._gap_s: float | None = None
-
-    def begin(self) -> None:
-        """Note that the first one waits: the time in which nobody did says nothing."""
-        self._last_s = None
+        self._times_s: deque[float] = deque(maxlen=_MAX_DEPARTURES)
 
     def note(self, now_s: float) -> None:
         """Note that one has left."""
-        if self._last_s is not None:
-            gap_s = now_s - self._last_s
-            self._gap_s = gap_s if self._gap_s is None else self._gap_s + (gap_s - self._gap_s) / 8
-        self._last_s = now_s
+        self._times_s.append(now_s)
 
-    def seconds(self, num_requests: int) -> float | None:
+    def seconds(self, num_requests: int, now_s: float) -> float | None:
         """Return how long it takes until so many have left; None: unknown."""
-        return None if self._gap_s is None else num_requests * self._gap_s
+        while self._times_s and self._times_s[0] < now_s - _DEPARTURES_WINDOW_S:
+            self._times_s.popleft()
+        if len(self._times_s) < 2:
+            return None
+        return num_requests * (now_s - self._times_s[0]) / len(self._times_s)
 
 
 def _no_keys(fingerprint: str, block_size: int) -> Sequence[int]:

@@ -1,4 +1,4 @@
-"""Whether a replica's report of its load can be true. Pure.
+"""Whether what a replica says of itself and of its load can be true. Pure.
 
 Decisions rest on these figures without looking at them again: one NaN, or one time that is
 negative, would make a broken replica the best of all for every request.
@@ -6,12 +6,13 @@ negative, would make a broken replica the best of all for every request.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 from dataclasses import fields
 from itertools import pairwise
 from operator import attrgetter
 
-from cluster.types import MAX_DUE_WORKS, CacheLoad, DueWork, ReplicaLoad, StepCost
+from cluster.types import MAX_DUE_WORKS, CacheLoad, DueWork, ReplicaInfo, ReplicaLoad, StepCost
 
 MAX_COUNT = 2**40
 """Of what is there now."""
@@ -25,7 +26,34 @@ MAX_SECONDS = 1e9
 MAX_HINGES = 64
 """Of a step's cost: it is added up at every decision."""
 
+MAX_BLOCK_TOKENS = 65536
+MAX_RANKS = 4096
+"""Of each axis: the blocks in the store have one key for each rank."""
+
+MAX_TEXT = 256
+"""Characters of an id, an address or a fingerprint."""
+
+_HEX = re.compile("(?:[0-9a-fA-F]{2})+")
 _Part = ReplicaLoad | CacheLoad | StepCost
+
+
+def check_info(info: ReplicaInfo) -> str | None:
+    """Return why a replica cannot be what it says, with the value and its limit; None if it can."""
+    for name in ("replica_id", "address", "fingerprint"):
+        text: str = getattr(info, name)
+        if not 0 < len(text) <= MAX_TEXT or not text.isprintable():
+            return f"{name}={text[:MAX_TEXT]!r}, limit=1 to {MAX_TEXT} printable characters"
+    if not _HEX.fullmatch(info.fingerprint):
+        return f"fingerprint={info.fingerprint!r}, limit=pairs of hexadecimal digits"
+    for name, least, most in (
+        ("tp", 1, MAX_RANKS),
+        ("pp", 1, MAX_RANKS),
+        ("block_size", 1, MAX_BLOCK_TOKENS),
+        ("max_model_len", 2, MAX_COUNT),
+    ):
+        if not least <= getattr(info, name) <= most:
+            return _reason(name, getattr(info, name), least, most)
+    return None
 
 
 def check_load(load: ReplicaLoad) -> str | None:

@@ -28,6 +28,7 @@ class RouteRequest(NamedTuple):
     session: str = ""  # prefers the replica that served it before; empty: none
     model: str = ""  # name; empty: any
     expires_s: float = math.inf  # the client's deadline, by the gateway's clock
+    excluded: tuple[str, ...] = ()  # replicas that have failed it
 
 
 class Candidate(NamedTuple):
@@ -53,7 +54,7 @@ class Decision:
     num_candidates: int  # replicas that were weighed
     num_excluded: int  # replicas that drain, are quarantined or serve another model
     meets_slo: bool  # whether the chosen one is predicted to keep the objective
-    is_full: bool = False  # whether on the chosen one it could only wait for others' blocks
+    is_full: bool = False  # whether at every one it could only wait behind others
 
     @property
     def chosen(self) -> Candidate:

@@ -64,7 +64,7 @@ class Router:
             num_candidates=len(rows),
             num_excluded=len(table) - len(rows),
             meets_slo=view.meets_slo(order[0]),
-            is_full=bool(view.is_full[order[0]]),
+            is_full=bool(view.is_full.all()),
         )
 
     def takes(self, request: RouteRequest, table: ReplicaTable) -> bool:
@@ -91,6 +91,7 @@ class Router:
         is_open, longest = table.column("is_open"), table.column("max_model_len")
         if (
             request.num_prompt_tokens < self._max_prompt_tokens
+            and not request.excluded
             and (not request.model or self._models == {request.model})
             and np.minimum.reduce(is_open) > 0
         ):
@@ -98,6 +99,10 @@ class Router:
         is_fit = (is_open > 0) & (longest > request.num_prompt_tokens)
         if request.model:
             is_fit &= np.array([kind[2] == request.model for kind in table.kinds], bool)
+        for replica_id in request.excluded:
+            row = table.row_of(replica_id)
+            if row is not None:
+                is_fit[row] = False
         return np.flatnonzero(is_fit)
 
     def _cached_tokens(

@@ -15,6 +15,12 @@ from cluster.router.route import Candidate, RouteRequest
 UNKNOWN_TOKEN_S = 1e-4
 """Seconds per prompt token of a replica that has not measured any, where no other one has."""
 
+TPOT_SHARE = 0.85
+"""Of a TPOT objective: decode steps that take more of it leave nothing to the prompts beside."""
+
+FULL_WAITING = 256
+"""Requests that wait in a replica, or are on their way: more wait better at the gateway."""
+
 _BLOCKED_S = 2.0  # predicted wait where a replica has not a single block of those that it needs
 
 
@@ -164,9 +170,9 @@ class View:
     def is_full(self) -> npt.NDArray[np.bool_]:
         """Where a request could only wait behind others that wait for blocks."""
         if isinstance(self._blocked_s, float):
-            return np.zeros(len(self.rows), np.bool_)
+            return self.column("num_waiting") + self.column("num_sent") >= FULL_WAITING
         num_before = self.column("num_waiting") + self.column("num_sent")
-        return (self._blocked_s > 0) & (num_before > 0)
+        return ((self._blocked_s > 0) & (num_before > 0)) | (num_before >= FULL_WAITING)
 
     @lazy
     def predicted_s(self) -> Floats:
@@ -197,7 +203,7 @@ class View:
         until_s = min(self.due_s, self.request.expires_s) - self.now_s
         is_in_time = self.ttft_high_s <= until_s
         if self.request.slo.tpot_s is not None:
-            is_in_time &= self.tpot_s <= self.request.slo.tpot_s
+            is_in_time &= self.tpot_s <= TPOT_SHARE * self.request.slo.tpot_s
         return is_in_time
 
     def meets_slo(self, at: int) -> bool:

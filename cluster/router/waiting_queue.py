@@ -122,18 +122,33 @@ class WaitingQueue:
         """When the next request's time is over; infinite while none waits."""
         return self._ends.first_s
 
-    def push(self, request: RouteRequest, until_s: float) -> None:
-        """Let a request wait.
+    def push(self, request: RouteRequest, until_s: float) -> list[RouteRequest]:
+        """Let a request wait; return those that have to leave for it.
+
+        In a full queue who would be served last leaves, so a flood of one tenant keeps nobody out.
 
         Args:
             request: Its id is not in the queue.
             until_s: It waits no longer than this, nor than its own `expires_s`.
 
         Raises:
-            OverloadedError: The queue has no room for it.
+            OverloadedError: The queue is full, and the request would be served last.
         """
         assert request.request_id not in self._serials, f"{request.request_id} waits already"
-        self._check_room(request)
+        full = self._why_full(request)
+        self._put(request, until_s)
+        pushed_out: list[RouteRequest] = []
+        while self._is_over:
+            last = self._last()
+            self.remove(last.request_id)
+            if last is request:
+                for other in pushed_out:  # it was all for nothing
+                    self._put(other, until_s)
+                raise OverloadedError(full)
+            pushed_out.append(last)
+        return pushed_out
+
+    def _put(self, request: RouteRequest, until_s: float) -> None:
         entry = _Entry(request, self._next_serial, until_s, request.service_class)
         self._next_serial += 1
         self._serials[request.request_id] = entry.serial
@@ -205,16 +220,26 @@ class WaitingQueue:
         assert len(self) <= self._limits.max_queued_requests
         assert self._num_tokens <= self._limits.max_queued_tokens
 
-    def _check_room(self, request: RouteRequest) -> None:
+    @property
+    def _is_over(self) -> bool:
+        limits = self._limits
+        is_long = len(self) > limits.max_queued_requests
+        return is_long or self._num_tokens > limits.max_queued_tokens
+
+    def _last(self) -> RouteRequest:
+        """Return who would be served last."""
+        *_, last = self._order
+        return last.request
+
+    def _why_full(self, request: RouteRequest) -> str:
         max_requests, max_tokens = self._limits.max_queued_requests, self._limits.max_queued_tokens
         if len(self) >= max_requests:
-            raise OverloadedError(
+            return (
                 f"{len(self)} requests wait for a replica, "
                 f"gateway.max_queued_requests={max_requests}: try again later"
             )
-        if self._num_tokens + request.num_prompt_tokens > max_tokens:
-            raise OverloadedError(
-                f"{self._num_tokens} prompt tokens wait for a replica, with this request's "
-                f"{request.num_prompt_tokens} it would be more than "
-                f"gateway.max_queued_tokens={max_tokens}: try again later, or send fewer"
-            )
+        return (
+            f"{self._num_tokens} prompt tokens wait for a replica, with this request's "
+            f"{request.num_prompt_tokens} it would be more than "
+            f"gateway.max_queued_tokens={max_tokens}: try again later, or send fewer"
+        )

@@ -68,6 +68,7 @@ def request(
     model: str = "",
     tenant: str = "",
     expires_s: float = math.inf,
+    excluded: tuple[str, ...] = (),
 ) -> RouteRequest:
     def keys_of(fingerprint: str, block_size: int) -> Sequence[int]:
         del block_size
@@ -84,6 +85,7 @@ def request(
         model=model,
         tenant=tenant,
         expires_s=expires_s,
+        excluded=excluded,
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from route_fakes import IDLE, info, load, request
 
 from cluster.config import ClusterConfig
-from cluster.router.dispatcher import MIN_RETRY_S, Dispatcher
+from cluster.router.dispatcher import MAX_HOLD_S, MIN_RETRY_S, Dispatcher
 from cluster.router.route import OutcomeKind
 from cluster.types import NO_SLO, SLO, ReplicaLoad, ServiceClass
 
@@ -164,16 +164,16 @@ def test_place_follows_those_before_it() -> None:
     for route in routes:
         target.submit(route, 0.0)
     target.on_end(routes[0].request_id)
-    place = target.place(routes[2].request_id)
+    place = target.place(routes[2].request_id, 0.0)
     assert place is not None and (place.kind, place.position) == ("queued", 1)
 
 
 def test_place_of_what_does_not_wait_is_none() -> None:
     target = with_replicas({"a": IDLE})
-    assert target.place("unknown") is None
+    assert target.place("unknown", 0.0) is None
     route = request()
     target.submit(route, 0.0)
-    assert target.place(route.request_id) is None
+    assert target.place(route.request_id, 0.0) is None
 
 
 def test_estimate_follows_how_fast_requests_leave() -> None:
@@ -182,12 +182,12 @@ def test_estimate_follows_how_fast_requests_leave() -> None:
         target.submit(request(160), 0.0)
     connect(target, "a", FULL)
     for tick in range(1, 6):
-        target.table.on_load("a", load(num_free_blocks=12), now_s=2.0 * tick)
-        target.table.on_load("a", load(num_free_blocks=12), now_s=2.0 * tick)
-        assert len(target.poll(2.0 * tick)) == 1
-    outcome = target.submit(request(160), 11.0)
+        target.table.on_load("a", load(num_free_blocks=12), now_s=0.2 * tick)
+        target.table.on_load("a", load(num_free_blocks=12), now_s=0.2 * tick)
+        assert len(target.poll(0.2 * tick)) == 1
+    outcome = target.submit(request(160), 1.1)
     assert outcome.position == 5
-    assert outcome.estimate_s == pytest.approx(12.0)
+    assert outcome.estimate_s == pytest.approx(6 * 0.9 / 5)  # five have left since 0.2
 
 
 def test_estimate_does_not_count_the_time_in_which_nobody_waited() -> None:
@@ -195,18 +195,18 @@ def test_estimate_does_not_count_the_time_in_which_nobody_waited() -> None:
     for start_s in (0.0, 3600.0):
         target.table.on_load("a", FULL, now_s=start_s)
         for _ in range(2):
-            assert target.submit(request(), start_s).kind is OutcomeKind.QUEUED
+            assert target.submit(request(arrived_s=start_s), start_s).kind == "queued"
         if start_s:
             break
         target.table.on_load("a", IDLE, now_s=1.0)
         assert len(target.poll(1.0)) == 2
-    target.table.on_load("a", load(num_free_blocks=12), now_s=3601.0)
-    target.table.on_load("a", load(num_free_blocks=12), now_s=3601.0)
-    assert len(target.poll(3601.0)) == 1
-    place = target.submit(request(), 3601.0)
+    target.table.on_load("a", load(num_free_blocks=12), now_s=3600.5)
+    target.table.on_load("a", load(num_free_blocks=12), now_s=3600.5)
+    assert len(target.poll(3600.5)) == 1
+    place = target.submit(request(arrived_s=3600.5), 3600.5)
     assert place.estimate_s is None or place.estimate_s < 10.0
-    refused = target.submit(request(), 3601.0)
-    assert refused.kind is OutcomeKind.REFUSED and refused.retry_after_s < 10.0
+    refused = target.submit(request(arrived_s=3600.5), 3600.5)
+    assert refused.kind is OutcomeKind.REFUSED and 0.1 <= refused.retry_after_s < 10.0
 
 
 def test_queue_that_is_full_refuses() -> None:
@@ -237,12 +237,42 @@ def test_queued_request_expires_with_its_deadline_or_the_queue_s_time() -> None:
     assert target.next_poll_s() == math.inf and not target.num_queued
 
 
-def test_queued_request_whose_objective_is_over_is_refused_when_its_turn_comes() -> None:
+def test_queued_request_whose_objective_is_over_is_served_without_it() -> None:
     target = dispatcher(on_miss="refuse")
     target.submit(request(100, ttft_s=1.0), 0.0)
     connect(target, "a")
     ((_, outcome),) = target.poll(3.0)
-    assert outcome.kind is OutcomeKind.REFUSED
+    assert outcome.kind is OutcomeKind.DEGRADED
+    assert outcome.slo.ttft_s is None
+
+
+def test_full_replicas_hold_one_class_and_not_the_others() -> None:
+    target = with_replicas({"a": load(num_free_blocks=12, num_waiting=1)})
+    large = request(1600, service_class=ServiceClass.BATCH)
+    assert target.submit(large, 0.0).kind is OutcomeKind.QUEUED
+    assert target.submit(request(100), 0.0).is_dispatched
+    assert target.submit(request(100, service_class=ServiceClass.BATCH), 0.0).kind == "queued"
+
+
+def test_full_replica_gets_what_has_waited_long_enough() -> None:
+    target = with_replicas({"a": load(num_free_blocks=12, num_waiting=1)})
+    target.submit(request(1600), 0.0)
+    assert target.poll(MAX_HOLD_S - 0.1) == []
+    ((_, outcome),) = target.poll(MAX_HOLD_S)
+    assert outcome.is_dispatched
+
+
+def test_flood_of_one_tenant_leaves_the_full_queue_for_another() -> None:
+    target = dispatcher(max_queued_requests=4)
+    flood = [request(9000, tenant="flood") for _ in range(4)]
+    for route in flood:
+        assert target.submit(route, 0.0).kind is OutcomeKind.QUEUED
+    assert target.submit(request(9000, tenant="flood"), 0.0).kind is OutcomeKind.REFUSED
+    assert target.submit(request(9000, tenant="other"), 0.0).kind is OutcomeKind.QUEUED
+    assert target.next_poll_s() < 0.0
+    ((pushed_out, outcome),) = target.poll(0.1)
+    assert pushed_out is flood[-1] and outcome.kind is OutcomeKind.REFUSED
+    assert target.num_queued == 4
 
 
 def test_turns_in_the_queue_are_those_of_its_order() -> None:
@@ -255,17 +285,12 @@ def test_turns_in_the_queue_are_those_of_its_order() -> None:
     assert [route for route, _ in target.poll(0.1)] == [tight, loose]
 
 
-def test_resend_counts_at_the_other_replica() -> None:
+def test_request_does_not_go_where_it_has_failed() -> None:
     target = with_replicas({"a": IDLE, "b": IDLE})
-    route = request(160, ttft_s=1.0)
-    outcome = target.submit(route, 0.0)
-    assert outcome.decision is not None
-    first, second = outcome.decision.candidates
-    target.resend(route, second, 0.1)
-    open_at = dict(zip(target.table.ids, target.table.column("num_open").tolist(), strict=True))
-    assert open_at == {first.replica_id: 0, second.replica_id: 1}
-    target.on_end(route.request_id)
-    assert not any(counts(target).values())
+    for failed, other in (("a", "b"), ("b", "a")):
+        outcome = target.submit(request(160, excluded=(failed,)), 0.0)
+        assert outcome.decision is not None and outcome.decision.replica_id == other
+    assert not target.can_place(request(160, excluded=("a", "b")))
 
 
 def test_request_that_ends_leaves_nothing_wherever_its_replica_is() -> None:
@@ -317,15 +342,14 @@ def test_first_token_that_comes_too_late_counts_as_a_miss_once() -> None:
     assert levels[0] == pytest.approx(levels[1])
 
 
-def test_request_that_was_sent_again_is_missed_once() -> None:
-    target = with_replicas({"a": IDLE, "b": IDLE})
-    before = target.table.risk.level
-    route = request(100, ttft_s=1.0)
-    outcome = target.submit(route, 0.0)
-    assert outcome.decision is not None
-    target.resend(route, outcome.decision.candidates[1], 0.5)
-    target.submit(request(1), 2.0)
-    assert 0.04 < target.table.risk.level - before < 0.06
+def test_request_without_an_objective_teaches_no_risk() -> None:
+    target = with_replicas({"a": IDLE})
+    target.table.risk.level = 0.7
+    route = request(100, service_class=ServiceClass.BATCH)
+    target.submit(route, 0.0)
+    target.on_first_token(route.request_id, 50.0)
+    assert target.table.risk.level == 0.7
+    assert target.table.column("median").tolist() == [1.0]
 
 
 def test_deadline_that_is_just_met_or_just_missed_has_an_answer() -> None:

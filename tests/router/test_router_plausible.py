@@ -6,8 +6,23 @@ from typing import Any
 
 import pytest
 
-from cluster.router.plausible import MAX_COUNT, MAX_HINGES, MAX_SECONDS, MAX_TOTAL, check_load
-from cluster.types import MAX_DUE_WORKS, CacheLoad, DueWork, ReplicaLoad, StepCost, StoreState
+from cluster.router.plausible import (
+    MAX_COUNT,
+    MAX_HINGES,
+    MAX_SECONDS,
+    MAX_TOTAL,
+    check_info,
+    check_load,
+)
+from cluster.types import (
+    MAX_DUE_WORKS,
+    CacheLoad,
+    DueWork,
+    ReplicaInfo,
+    ReplicaLoad,
+    StepCost,
+    StoreState,
+)
 
 _COST = StepCost(
     floor_s=0.01,
@@ -33,6 +48,7 @@ _LOAD = ReplicaLoad(
     decode_step_s=0.03,
     fetch_block_s=0.001,
 )
+_INFO = ReplicaInfo("replica-1", "10.0.0.7:4242", "demo", "07" * 16, 2, 1, 16, max_model_len=2)
 _TIMES = ("late_s", "prefill_token_s", "decode_step_s", "fetch_block_s")
 _COUNTS = (
     "num_running",
@@ -132,3 +148,33 @@ def test_due_work_that_cannot_be_is_named(due: tuple[DueWork, ...], words: str) 
 
 def test_most_due_work_is_plausible() -> None:
     assert check_load(_with(due=(DueWork(0.0, 0.1),) * MAX_DUE_WORKS)) is None
+
+
+@pytest.mark.parametrize("block_size", [1, 65536])
+def test_replica_that_can_be_is_plausible(block_size: int) -> None:
+    assert check_info(replace(_INFO, block_size=block_size)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limit"),
+    [
+        ("replica_id", "", "1 to 256 printable characters"),
+        ("replica_id", "a\nb", "1 to 256 printable characters"),
+        ("replica_id", "x" * 257, "1 to 256 printable characters"),
+        ("address", "", "1 to 256 printable characters"),
+        ("fingerprint", "", "1 to 256 printable characters"),
+        ("fingerprint", "no hex", "pairs of hexadecimal digits"),
+        ("fingerprint", "07 07", "pairs of hexadecimal digits"),
+        ("fingerprint", "070", "pairs of hexadecimal digits"),
+        ("tp", 0, "1 to 4096"),
+        ("pp", -1, "1 to 4096"),
+        ("pp", 4097, "1 to 4096"),
+        ("block_size", 0, "1 to 65536"),
+        ("block_size", 65537, "1 to 65536"),
+        ("max_model_len", 1, "2 to "),
+    ],
+)
+def test_replica_that_cannot_be_is_told_by_its_field(name: str, value: Any, limit: str) -> None:
+    reason = check_info(replace(_INFO, **{name: value}))
+    assert reason is not None and reason.startswith(f"{name}=")
+    assert f"limit={limit}" in reason
