@@ -317,6 +317,11 @@ class RouterConfig(_Section):
     )
     max_decisions: int = Field(1024, ge=1, description="newest decisions kept for `sluice explain`")
 
+    @field_validator("admission", mode="before")
+    @classmethod
+    def _admission_is_a_word(cls, value: object) -> object:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML's
+
 
 class StoreConfig(_Section):
     """What replicas share."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,10 +23,12 @@ from cluster.cli.options import (
     connect,
     print_json,
 )
+from cluster.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from cluster.client import Explanation, RouteCandidate
+    from cluster.client import Client, Explanation, RouteCandidate
 
+_MAX_CONNECTIONS = 32  # of eight gateways behind one address, all but one search in 70 ends well
 _OUTCOME_STYLES = {"dispatched": "green", "degraded": "yellow", "queued": "yellow"}
 
 
@@ -37,9 +41,8 @@ def explain(
     api_key_file: ApiKeyFile = None,
     json: AsJson = False,
 ) -> None:
-    """Print why a request went where it went; ask the gateway that it went to."""
-    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
-        found = client.explain(request_id)
+    """Print why a request went where it went; ask until the gateway that served it is reached."""
+    found = _find(request_id, lambda: connect(address, ca_file, cert_file, key_file, api_key_file))
     if json:
         print_json(asdict(found))
         return
@@ -48,6 +51,28 @@ def explain(
     if found.candidates:
         console.print(candidates_table(found))
     console.print(_latency_line(found), highlight=False)
+
+
+def _find(request_id: str, connect_anew: Callable[[], Client]) -> Explanation:
+    """Return what the gateway remembers that served a request.
+
+    Several gateways may stand behind one address: each new connection reaches one of them.
+
+    Raises:
+        NotFoundError: None that was reached, in time, remembers it.
+    """
+    from cluster.rpc.queries import QUERY_TIMEOUT_S
+
+    give_up_s = time.monotonic() + QUERY_TIMEOUT_S
+    num_left = _MAX_CONNECTIONS
+    while True:
+        num_left -= 1
+        try:
+            with connect_anew() as client:
+                return client.explain(request_id)
+        except NotFoundError:
+            if not num_left or time.monotonic() >= give_up_s:
+                raise
 
 
 def candidates_table(found: Explanation) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,10 +149,11 @@ def generate(
         if json:
             print_json(asdict(client.generate(text, **request)))
         else:
-            _print(client.stream(text, **request))
+            request["request_id"] = request_id or uuid.uuid4().hex
+            _print(client.stream(text, **request), request["request_id"])
 
 
-def _print(events: Iterable[Event]) -> None:
+def _print(events: Iterable[Event], request_id: str) -> None:
     """Print the text as it comes, and what it waited for and took on standard error."""
     from cluster.client import Finished, Queued, TextDelta
 
@@ -166,7 +168,7 @@ def _print(events: Iterable[Event]) -> None:
             typer.echo()
             if scored:
                 Console(stderr=True).print(_logprobs_table(scored))
-            typer.echo(_end(event), err=True)
+            typer.echo(_end(event, request_id), err=True)
 
 
 def _waiting(event: Queued) -> str:
@@ -174,12 +176,12 @@ def _waiting(event: Queued) -> str:
     return f"[queued: {event.position} before it{estimate}]"
 
 
-def _end(event: Finished) -> str:
+def _end(event: Finished, request_id: str) -> str:
     usage, timings = event.usage, event.timings
     return (
         f"[{event.finish_reason}: {usage.completion_tokens} tokens, "
         f"prompt {usage.prompt_tokens} ({usage.cached_tokens} cached), "
-        f"TTFT {timings.ttft_s * 1e3:.0f} ms, {timings.total_s:.2f} s]"
+        f"TTFT {timings.ttft_s * 1e3:.0f} ms, {timings.total_s:.2f} s, request {request_id}]"
     )
 
 

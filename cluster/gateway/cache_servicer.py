@@ -55,13 +55,16 @@ class CacheServicer:
         """Record a prefix, have it computed, and wait a moment for its blocks to be stored.
 
         Where computing fails the call does, but the prefix stays registered: it is computed later,
-        and the same call may be made again.
+        and the same call may be made again. What a limit refuses is not registered.
         """
         async with self._ending(context):
             caller = self._caller(context)
-            record = await self._parts.prefixes.put(await read_prefix(self._parts, request, caller))
-            num_tokens = len(record.token_ids)
-            async with self._parts.rate_limiter.admit(caller, num_tokens, 1, lambda: 1):
+            record = await read_prefix(self._parts, request, caller)
+            is_kept, limiter = False, self._parts.rate_limiter
+            # What is kept is computed, by this call or by the keeper, so from then on it counts.
+            async with limiter.admit(caller, record.num_tokens, 1, lambda: int(is_kept)):
+                record = await self._parts.prefixes.put(record)
+                is_kept = True
                 await self._keeper.compute(record, caller.salt, remaining_of(context))
             prompt = Prompt(record.token_ids, caller.salt)
             num_stored = await self._await_stored(prompt, remaining_of(context)())

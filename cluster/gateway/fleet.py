@@ -12,6 +12,8 @@ from cluster.gateway.leader_link import LeaderLink, WatchCounts
 from cluster.kvstore.registry import Registry
 from cluster.kvstore.store import Store
 from cluster.router.dispatcher import Dispatcher
+from cluster.router.plausible import check_info
+from cluster.types import ReplicaInfo
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Fleet:
         self._silence_s = config.lease_ttl_s
         self._registry = Registry(store)
         self._links: dict[str, LeaderLink] = {}
+        self._quarantined: set[str] = set()  # ids of replicas that cannot be what they say
         self._changed = asyncio.Event()
         self._is_store_up = True
         self._is_stopped = False
@@ -122,8 +125,10 @@ class Fleet:
             self._is_store_up = False
             return
         self._is_store_up = True
+        leased = {info.replica_id for info in infos}
+        self._quarantined &= leased
         for info in infos:
-            if info.replica_id not in self._links:
+            if info.replica_id not in self._links and self._is_plausible(info):
                 self._links[info.replica_id] = LeaderLink(
                     info,
                     table=self.table,
@@ -132,7 +137,17 @@ class Fleet:
                     on_change=self._on_change,
                     counts=self.watch_counts,
                 )
-        leased = {info.replica_id for info in infos}
         for replica_id in [*self._links]:
             if replica_id not in leased and not self._links[replica_id].is_connected:
                 await self._links.pop(replica_id).stop()
+
+    def _is_plausible(self, info: ReplicaInfo) -> bool:
+        """Return whether a replica may be connected; one that may not is told of once."""
+        reason = check_info(info)
+        if reason is None:
+            self._quarantined.discard(info.replica_id)
+        elif info.replica_id not in self._quarantined:
+            self._quarantined.add(info.replica_id)
+            self.watch_counts.num_quarantines += 1
+            logger.warning("replica %.80r is left out, its lease says %s", info.replica_id, reason)
+        return reason is None

@@ -96,6 +96,14 @@ class Authenticator:
         known = self._tenants.named(tenant)
         return None if known is None else known.salt
 
+    def weight_of(self, tenant: str) -> float:
+        """Return the weight of a tenant's fair share; 1 where there is no such tenant."""
+        if not self._config.tenants_file:
+            return 1.0
+        self._reread()
+        known = self._tenants.named(tenant)
+        return 1.0 if known is None else known.weight
+
     def _of_bearer(self, value: str | bytes) -> Tenant:
         scheme, _, credential = value.partition(" ") if isinstance(value, str) else ("", "", "")
         if scheme.lower() != "bearer" or not credential.strip():

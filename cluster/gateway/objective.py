@@ -22,11 +22,15 @@ def read_slo(
         config: Has the objectives of the classes.
 
     Raises:
-        InvalidArgumentError: The class is unknown, or a time is out of bounds.
+        InvalidArgumentError: The class is unknown, or a time is out of bounds or missing.
     """
     if message.WhichOneof("objective") == "latency":
         latency = message.latency
         slo = SLO(_read_time(latency, "ttft_s"), _read_time(latency, "tpot_s"))
+        if slo == NO_SLO:
+            raise InvalidArgumentError(
+                "latency has no time: give ttft_s or tpot_s", field="latency"
+            )
         return slo, ServiceClass.INTERACTIVE
     if message.service_class == inference_pb2.SERVICE_CLASS_UNSPECIFIED:
         return NO_SLO, ServiceClass.STANDARD

@@ -100,6 +100,7 @@ class PrefixKeeper:
             salt=salt,
             pins_prefix=True,
             tenant=record.tenant,
+            tenant_weight=self._parts.authenticator.weight_of(record.tenant),
         )
         with self._parts.admission.admit(request_id):
             call = ClientCall(request_id, remaining_s, _discard)

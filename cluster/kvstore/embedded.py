@@ -8,6 +8,7 @@ of its own, where a deadline has a meaning. It is the model of a right store, to
 
 from __future__ import annotations
 
+import heapq
 import uuid
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -36,12 +37,6 @@ class _Expiring:
 
 
 @dataclass(slots=True)
-class _Counter:
-    expires_s: float
-    sum: int = 0
-
-
-@dataclass(slots=True)
 class _Journal:
     expires_s: float
     entries: list[bytes] = field(default_factory=list)
@@ -64,7 +59,8 @@ class EmbeddedStore:
         self._clock = clock
         self._max_journal_bytes = max_journal_bytes
         self._leases: dict[str, dict[str, _Expiring]] = {}
-        self._counters: OrderedDict[str, _Counter] = OrderedDict()  # by their first additions
+        self._counters: dict[str, int] = {}  # sums
+        self._counter_ends: list[tuple[float, str]] = []  # a heap of when each counter expires
         self._records: dict[str, dict[str, bytes]] = {}
         self._born = uuid.uuid4().hex  # no version of another life of this store is like ours
         self._num_changes: dict[str, int] = {}
@@ -93,18 +89,18 @@ class EmbeddedStore:
         Raises:
             OverloadedError: There are too many counters.
         """
-        counter = self._live_counter(key)
-        total = amount + (counter.sum if counter else 0)
+        counted = self._live_counter(key)
+        total = amount + (counted or 0)
         assert abs(total) <= MAX_COUNT, f"{key=} {total=}"
         if amount == 0 or (at_most is not None and total > at_most):
             return total
-        if counter is None:
+        if counted is None:
             if len(self._counters) >= MAX_COUNTERS:
                 raise OverloadedError(
                     f"{MAX_COUNTERS} counters, limit={MAX_COUNTERS}: use fewer, or a Redis"
                 )
-            counter = self._counters[key] = _Counter(self._clock.now() + ttl_s)
-        counter.sum = total
+            heapq.heappush(self._counter_ends, (self._clock.now() + ttl_s, key))
+        self._counters[key] = total
         return total
 
     async def put_record(
@@ -182,28 +178,23 @@ class EmbeddedStore:
         """Do nothing: there is no connection."""
 
     def check_invariants(self) -> None:
-        """Assert that the counter of journals is what is stored, and within the budget."""
+        """Assert that bytes of journals and ends of counters are those of what is there."""
         assert self._journal_bytes == sum(j.num_bytes for j in self._journals.values())
         assert self._journal_bytes <= self._max_journal_bytes
+        assert sorted(self._counters) == sorted(key for _, key in self._counter_ends)
 
     def _live_leases(self, kind: str) -> dict[str, _Expiring]:
         now_s = self._clock.now()
         leases = self._leases.get(kind, {})
         return {key: lease for key, lease in leases.items() if lease.expires_s > now_s}
 
-    def _live_counter(self, key: str) -> _Counter | None:
-        """Return a counter, and forget what has expired before the first that has not."""
+    def _live_counter(self, key: str) -> int | None:
+        """Return a counter's sum, None where there is none; forget all that have expired."""
         now_s = self._clock.now()
-        while self._counters:
-            oldest = next(iter(self._counters))
-            if self._counters[oldest].expires_s > now_s:
-                break
-            del self._counters[oldest]
-        counter = self._counters.get(key)
-        if counter is not None and counter.expires_s <= now_s:
-            del self._counters[key]
-            return None
-        return counter
+        while self._counter_ends and self._counter_ends[0][0] <= now_s:
+            _, expired = heapq.heappop(self._counter_ends)
+            del self._counters[expired]
+        return self._counters.get(key)
 
     def _live_journal(self, key: str) -> _Journal | None:
         journal = self._journals.get(key)

@@ -2,11 +2,10 @@
 
     score = own work + weight x backlog     seconds, among those that keep the objective if any does
 
-Own work is what the cluster pays for the choice, the backlog what this request pays. With room to
-spare both count alike: the first token comes soonest. Where objectives are missed the backlog
-counts a quarter: a queue that keeps the objective costs nobody anything, work that is done twice
-takes the place of others'. A prefix
-that is hot is worth a copy: its cost is shared by the uses that the copy will serve, so the
+Own work is what the cluster pays for the choice, the backlog what this request pays. Without an
+objective both count alike: the first token comes soonest. With one the backlog counts a quarter: a
+queue that keeps the objective costs nobody anything, work that is done twice takes others' place. A
+prefix that is hot is worth a copy: its cost is shared by the uses that the copy will serve, so the
 replicas without it do not look dear for long, and load decides.
 """
 
@@ -19,7 +18,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster.config import RouterConfig
-from cluster.router.correction import MAX_LEVEL, MIN_LEVEL
 from cluster.router.hot_prefixes import HotPrefixes
 from cluster.router.replica_table import Floats
 from cluster.router.view import View
@@ -31,7 +29,7 @@ LATE_S = 1e4
 """Added to the score of a replica that would miss the objective: it comes last."""
 
 BACKLOG_WEIGHT = 0.25
-"""Of a second of other prompts, against a second of this one's own work, under load."""
+"""Of a second of other prompts, against a second of own work, for a request with an objective."""
 
 FULL_S = 1e5
 """Added to the score of a replica where others wait already: it comes last of all."""
@@ -88,7 +86,8 @@ class SloPolicy:
         own_s = view.own_s
         if part < 1:
             own_s = np.minimum(own_s, view.computed_s - view.full_s * (1.0 - part))
-        scores = own_s + self._backlog_weight(view) * view.backlog_s
+        weight = 1.0 if view.request.slo.ttft_s is None else BACKLOG_WEIGHT
+        scores = own_s + weight * view.backlog_s
         if self._num_gateways > 1:
             scores = scores + PEER_SHARE * view.whole_s * (1.0 - self._share(view))
         if view.is_full.any():
@@ -98,13 +97,6 @@ class SloPolicy:
         if 0 < num_in_time < len(in_time):
             scores = np.where(in_time, scores, scores + LATE_S)
         return scores
-
-    @staticmethod
-    def _backlog_weight(view: View) -> float:
-        """Return the least weight under load, 1 while hardly anybody misses an objective."""
-        risk = view.table.risk
-        strain = (risk.level - MIN_LEVEL) / (MAX_LEVEL - MIN_LEVEL)
-        return 1.0 - (1.0 - BACKLOG_WEIGHT) * strain
 
     def _heat(self, view: View) -> tuple[float, int]:
         """Return the recent uses of the longest cached prefix, and how many replicas have it."""

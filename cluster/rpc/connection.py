@@ -18,7 +18,10 @@ from cluster.rpc import public
 from cluster.rpc.sluice.v1.cache_pb2_grpc import CacheStub
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 
-CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 64 * 2**20),)
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 * 2**20),
+    ("grpc.use_local_subchannel_pool", 1),  # a new client is a new connection
+)
 Metadata = Sequence[tuple[str, str]]
 FilePath = str | PathLike[str]
 

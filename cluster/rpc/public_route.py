@@ -53,7 +53,7 @@ class Explanation:
     reason: str  # in words
     candidates: tuple[RouteCandidate, ...]  # best first; of all weighed, the best few
     num_candidates: int  # replicas that were weighed
-    num_excluded: int  # replicas that drain, are quarantined or serve another model
+    num_excluded: int  # that drain, serve another model, or have too short a context
     age_s: float  # since the decision
     ttft_slo_s: float | None  # objective; None is none
     tpot_slo_s: float | None  # objective; None is none

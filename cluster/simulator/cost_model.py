@@ -12,6 +12,7 @@ Source of the shape: the roofline model (Williams et al., CACM 2009).
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,9 @@ def read_cost(path: Path) -> CostModel:
         tree: dict[str, Any] = json.loads(path.read_text())
         cost = dict(tree["cost"])
         cost["hinges"] = tuple((int(tokens), float(more_s)) for tokens, more_s in cost["hinges"])
-        step = StepCost(**cost)
         steps = tuple(tuple(float(value) for value in row) for row in tree.get("steps", []))
+        _check_numbers(cost, steps)
+        step = StepCost(**cost)
         return CostModel(
             step,
             f"measured: {tree.get('model', '?')} on {tree.get('machine', '?')}",
@@ -127,3 +129,12 @@ def read_cost(path: Path) -> CostModel:
             f"cost model {path}: {error!r}: give a file that `sluice bench engine --fit` wrote",
             field="cost_model",
         ) from error
+
+
+def _check_numbers(cost: dict[str, Any], steps: tuple[tuple[float, ...], ...]) -> None:
+    """Raise ValueError unless every figure is a number that time can be made of."""
+    numbers = [float(value) for name, value in cost.items() if name != "hinges"]
+    numbers += [float(value) for pair in cost["hinges"] for value in pair]
+    numbers += [value for row in steps for value in row]
+    if any(len(row) != 5 for row in steps) or not all(0 <= value < math.inf for value in numbers):
+        raise ValueError("a figure is negative or no number, or a step has not five of them")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from cluster.kvstore.block_hash import block_hashes, router_key
 from cluster.router.dispatcher import Dispatcher
-from cluster.router.route import Candidate, Outcome, OutcomeKind, RouteRequest
+from cluster.router.route import Outcome, OutcomeKind, RouteRequest
 from cluster.simulator.record import End, RequestRecord
-from cluster.types import NO_SLO, SLO, EngineOutput, ReplicaLoad
+from cluster.types import SLO, EngineOutput, ReplicaLoad
 
 if TYPE_CHECKING:
     from cluster.simulator.replica import SimulatedReplica
@@ -28,9 +28,8 @@ class _Open:
 
     record: RequestRecord
     route: RouteRequest
-    slo: SLO = NO_SLO  # that replicas are given
-    spare: tuple[Candidate, ...] = ()  # of its decision, that may be asked yet
-    num_attempts: int = 0
+    replica_id: str = ""  # that has it or gets it; empty: none
+    num_attempts: int = 0  # replicas that it was sent to
 
 
 class SimulatedGateway:
@@ -38,7 +37,6 @@ class SimulatedGateway:
 
     def __init__(self, simulator: Simulator, index: int, rng: random.Random) -> None:
         self.index = index
-        self.num_blind = 0
         self._simulator = simulator
         self._rng = rng
         self._dispatcher = Dispatcher(simulator.settings.config, rng=rng)
@@ -80,7 +78,7 @@ class SimulatedGateway:
             self._dispatcher.table.remove(replica_id)
             self._dispatcher.index.drop(replica_id)
             for request in list(self._open.values()):
-                if request.record.replica_id == replica_id:
+                if request.replica_id == replica_id:
                     self._fail(request, "its replica died")
 
         self._simulator.later(lost)
@@ -143,43 +141,41 @@ class SimulatedGateway:
     def _take(self, request_id: str, outcome: Outcome) -> None:
         request = self._open[request_id]
         if outcome.decision is not None and outcome.is_dispatched:
-            request.slo = outcome.slo
-            chosen, *spare = outcome.decision.candidates[:_MAX_ATTEMPTS]
-            request.spare = tuple(spare)
-            self._send(request, chosen)
+            self._send(request, outcome)
         elif outcome.kind is OutcomeKind.QUEUED:
             self._plan_poll()
         else:
             end = End.REFUSED if outcome.kind is OutcomeKind.REFUSED else End.EXPIRED
             self._end(request.record, end, outcome.reason)
 
-    def _send(self, request: _Open, chosen: Candidate) -> None:
-        record, now_s = request.record, self._simulator.now_s
-        record.replica_id = chosen.replica_id
+    def _send(self, request: _Open, outcome: Outcome) -> None:
+        assert outcome.decision is not None
+        record, chosen = request.record, outcome.decision.chosen
+        slo, now_s = outcome.slo, self._simulator.now_s
+        request.replica_id = record.replica_id = chosen.replica_id
         record.dispatched_s = now_s
         record.num_predicted_cached_tokens = chosen.num_cached_tokens
         record.predicted_ttft_s = chosen.ttft_p50_s
         record.predicted_ttft_high_s = chosen.ttft_high_s
         request.num_attempts += 1
-        attempt = request.num_attempts
         replica = self._simulator.replicas.get(chosen.replica_id)
         seed = self._rng.getrandbits(63)
 
         def sent() -> None:
-            if request.num_attempts != attempt:
-                return  # its loss was noticed on the way, and it was sent to another one
+            if request.replica_id != chosen.replica_id:
+                return  # that one's loss was noticed meanwhile
             if replica is None or replica.is_dead or replica.is_draining:
                 self._fail(request, "its replica has gone")
                 return
             arrived_s = self._simulator.now_s
-            ttft_s = request.slo.ttft_s
+            ttft_s = slo.ttft_s
             if ttft_s is not None:
                 ttft_s = max(1e-6, record.arrived_s + ttft_s - arrived_s)
             left_s = request.route.expires_s - arrived_s
             replica.submit(
                 record.arrival,
                 seed,
-                SLO(ttft_s, request.slo.tpot_s),
+                SLO(ttft_s, slo.tpot_s),
                 None if left_s == math.inf else max(1e-6, left_s),
                 arrived_s,
             )
@@ -212,17 +208,17 @@ class SimulatedGateway:
             self._end(record, End.FINISHED)
 
     def _fail(self, request: _Open, reason: str) -> None:
-        """Ask the next best replica where nothing of the answer was seen, else end."""
-        record = request.record
-        if record.arrival.request_id not in self._open:
-            return
-        if record.first_token_s is not None or not request.spare:
+        """Ask another replica where nothing of the answer was seen, else end."""
+        record, request_id = request.record, request.route.request_id
+        request.replica_id = ""
+        others = request.route._replace(excluded=(record.replica_id,))
+        can_go_on = request.num_attempts < _MAX_ATTEMPTS and self._dispatcher.can_place(others)
+        if record.first_token_s is not None or not can_go_on:
             self._end(record, End.FAILED, reason)
             return
-        candidate, *spare = request.spare
-        request.spare = tuple(spare)
-        self._dispatcher.resend(request.route, candidate, self._simulator.now_s)
-        self._send(request, candidate)
+        self._dispatcher.on_end(request_id)
+        request.route = others
+        self._take(request_id, self._dispatcher.submit(others, self._simulator.now_s))
 
     def _end(self, record: RequestRecord, end: End, reason: str = "") -> None:
         request_id = record.arrival.request_id

@@ -90,7 +90,8 @@ def _run_remotely(
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for field, (name, text) in files.items():
-            path = Path(folder) / name
+            path = Path(folder) / field / name  # two files may have one name
+            path.parent.mkdir()
             path.write_text(text, encoding="utf-8")
             tree = {**tree, field: str(path)}
         report = run_point(Scenario.from_dict(tree), GridPoint(**point))

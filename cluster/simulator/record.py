@@ -90,7 +90,6 @@ class SimulationResult:
     requests: list[RequestRecord]  # in order of arrival
     replicas: list[ReplicaRecord]  # by id; those that ended too
     num_gateways: int = 1
-    num_blind_decisions: int = 0  # with a replica whose cached blocks the gateway did not know
     # (virtual seconds, replicas that serve) whenever the number changed
     num_replicas_over_time: list[tuple[float, int]] = field(default_factory=list)
     # (virtual seconds, requests queued at gateways, waiting in replicas, running), regularly

@@ -11,6 +11,7 @@ A figure that nothing stands for (a mean of no values, a price that nobody gave)
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,8 @@ from cluster.simulator.report_parts import (
 
 _SECONDS_PER_HOUR = 3600.0
 _MILLION = 1e6
+_MAX_REASONS = 5
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Report:
     num_expired: int
     num_failed: int
     num_cut: int  # unfinished when the simulation was over
+    reasons: dict[str, int]  # why requests were refused, expired or failed; the most frequent
     refused_share: float | None  # of all that arrived
     goodput: float | None  # finished within their objective, of all that arrived
     goodput_per_s: float | None  # such requests per second
@@ -65,7 +69,6 @@ class Report:
     spread: SpreadReport
     prediction: PredictionReport
     num_preemptions: int
-    num_blind_decisions: int
     num_replicas_mean: float | None  # that served, over time
     num_replicas_max: int
     replica_hours: float
@@ -112,6 +115,7 @@ def make_report(result: SimulationResult, *, usd_per_hour: float | None = None) 
         num_expired=ends[End.EXPIRED],
         num_failed=ends[End.FAILED],
         num_cut=ends[End.CUT],
+        reasons=_reasons(requests),
         refused_share=ratio(ends[End.REFUSED], len(requests)),
         goodput=ratio(len(good), len(requests)),
         goodput_per_s=ratio(len(good), seconds),
@@ -130,7 +134,6 @@ def make_report(result: SimulationResult, *, usd_per_hour: float | None = None) 
         spread=spread_report(replicas),
         prediction=prediction_report(served),
         num_preemptions=sum(replica.num_preemptions for replica in replicas),
-        num_blind_decisions=result.num_blind_decisions,
         num_replicas_mean=_mean_replicas(result),
         num_replicas_max=max((number for _, number in result.num_replicas_over_time), default=0),
         replica_hours=hours,
@@ -142,6 +145,19 @@ def make_report(result: SimulationResult, *, usd_per_hour: float | None = None) 
         virtual_s_per_wall_s=ratio(seconds, result.wall_s),
         settings=dict(result.settings),
     )
+
+
+def _reasons(requests: Sequence[RequestRecord]) -> dict[str, int]:
+    """Return how often each kind of reason was given, most frequent first.
+
+    Reasons that differ in their numbers alone are of one kind: a # stands for each of them.
+    """
+    kinds = Counter(
+        _NUMBER.sub("#", record.reason) or "no reason given"
+        for record in requests
+        if record.end in (End.REFUSED, End.EXPIRED, End.FAILED)
+    )
+    return dict(kinds.most_common(_MAX_REASONS))
 
 
 def _offered_per_s(requests: Sequence[RequestRecord]) -> float | None:

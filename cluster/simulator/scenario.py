@@ -27,6 +27,7 @@ SLO_POLICY = "slo"
 """The policy that runs with admission, and with engines that order prompts by slack."""
 
 DEFAULT_NUM_REPLICAS = 16
+_TTFT_PER_TOKEN_S = 1e-4
 
 _FAIL = re.compile(r"(\d+)@([\d.]+)(?::([\d.]+))?")
 _SLOW = re.compile(r"(\d+)@([\d.]+):([\d.]+)(?::([\d.]+))?")
@@ -61,7 +62,7 @@ class Scenario:
     block_size: int = 512  # tokens
     max_num_batched_tokens: int = 2048
     slo_ttft_s: float = 2.0  # 0: none
-    slo_ttft_per_token_s: float = 1e-4  # more, per token of the prompt
+    slo_ttft_per_token_s: float = _TTFT_PER_TOKEN_S  # more, per token of the prompt
     slo_tpot_s: float = 0.05  # 0: none
     event_delay_s: float = 0.005
     fails: tuple[str, ...] = ()  # replica@seconds[:seconds until a new one serves]
@@ -100,13 +101,21 @@ def load_workload(scenario: Scenario) -> Workload:
     else:
         whole = from_spec(scenario.workload, seed=scenario.seed)
     part = first(whole, num_requests=scenario.num_requests, duration_s=scenario.duration_s)
-    rule = SloRule(
-        scenario.slo_ttft_s or None, scenario.slo_ttft_per_token_s, scenario.slo_tpot_s or None
-    )
     nothing = SloRule(None, 0.0, None)
-    return with_slo(
-        _as_admitted(scaled(part, scenario.rate_scale)), rule, {ServiceClass.BATCH: nothing}
-    )
+    admitted = _as_admitted(scaled(part, scenario.rate_scale))
+    return with_slo(admitted, _rule(scenario), {ServiceClass.BATCH: nothing})
+
+
+def _rule(scenario: Scenario) -> SloRule:
+    per_token_s = scenario.slo_ttft_per_token_s
+    # The default is for those who have a TTFT objective: without one it says nothing.
+    if not scenario.slo_ttft_s and per_token_s not in (0.0, _TTFT_PER_TOKEN_S):
+        raise InvalidArgumentError(
+            f"--slo-ttft-ms-per-token={per_token_s * 1e3:g} with --slo-ttft-s=0, no objective: it "
+            "is added to that one, give both",
+            field="slo-ttft-ms-per-token",
+        )
+    return SloRule(scenario.slo_ttft_s or None, per_token_s, scenario.slo_tpot_s or None)
 
 
 def _as_admitted(workload: Workload) -> Workload:

@@ -269,7 +269,6 @@ class Simulator:
             requests=sorted(self.records.values(), key=lambda record: record.arrived_s),
             replicas=sorted(records, key=lambda record: record.replica_id),
             num_gateways=len(self.gateways),
-            num_blind_decisions=sum(gateway.num_blind for gateway in self.gateways),
             num_replicas_over_time=self._sizes,
             load_over_time=self._load,
             settings=dict(settings.extra),

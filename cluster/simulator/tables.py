@@ -26,6 +26,10 @@ class TextTable:
 def report_tables(report: Report) -> list[TextTable]:
     """Return the tables of one simulation."""
     tables = [_requests(report), _latencies(report), _replicas(report)]
+    if report.reasons:
+        rows = tuple((reason, str(count)) for reason, count in report.reasons.items())
+        title = "Why requests were refused, expired or failed (the most frequent reasons)"
+        tables.insert(1, TextTable(title, ("", "requests"), rows))
     if report.prediction.num_predicted:
         tables.append(_prediction(report))
     if len(report.classes) > 1:
@@ -123,7 +127,6 @@ def _replicas(report: Report) -> TextTable:
         "requests, max / mean": number(spread.num_requests, 3),
         "computed tokens, max / mean": number(spread.num_computed_tokens, 3),
         "preemptions": str(report.num_preemptions),
-        "blind decisions": str(report.num_blind_decisions),
         "replica hours": number(report.replica_hours),
     }
     if report.usd_per_hour is not None:

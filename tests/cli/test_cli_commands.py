@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_run import error_of, run
 
+from cluster.rpc import queries
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from tests.bench.bench_fakes import FakeInference, serving
 
@@ -31,6 +33,15 @@ def test_generate_streams_the_text(address: str) -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout == "t0 t1 t2 \n"
     assert "length: 3 tokens, prompt 12 (3 cached)" in result.stderr
+
+
+def test_generate_shows_the_id_to_explain(address: str, fake: FakeInference) -> None:
+    asked = ["generate", "x", "--address", address, "--max-tokens", "1"]
+    chosen, first, second = run(*asked, "--request-id", "r7"), run(*asked), run(*asked)
+    assert chosen.stderr.endswith(" s, request r7]\n")
+    ids = [request.request_id for request in fake.requests]
+    assert ids[0] == "r7" and "" not in ids and len(set(ids)) == 3
+    assert f", request {ids[1]}]" in first.stderr and f", request {ids[2]}]" in second.stderr
 
 
 def test_generate_json_is_one_object(address: str) -> None:
@@ -150,6 +161,50 @@ def test_explain_of_what_nobody_remembers_is_one_line(address: str) -> None:
     result = run("explain", "gone", "--address", address)
     assert result.exit_code == 1
     assert result.stderr == "sluice: gone is not remembered\n"
+
+
+class FakeGateways(FakeInference):
+    """Several gateways behind one port, one for each new connection; one remembers a request."""
+
+    def __init__(self, num_gateways: int) -> None:
+        super().__init__([])
+        self.connections: list[str] = []
+        self.num_asked = 0
+        self._num_gateways = num_gateways
+
+    def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
+        self.num_asked += 1
+        if context.peer() not in self.connections:
+            self.connections.append(context.peer())
+        is_last = self.connections.index(context.peer()) == self._num_gateways - 1
+        self.explanation = EXPLANATION if is_last else None
+        return super().Explain(request, context)
+
+
+def test_explain_asks_until_it_reaches_the_gateway_that_remembers() -> None:
+    fake = FakeGateways(32)
+    with serving(fake) as address:
+        result = run("explain", "r7", "--address", address, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["request_id"] == "r7"
+    assert len(fake.connections) == 32
+
+
+def test_explain_gives_up_where_no_gateway_remembers() -> None:
+    fake = FakeGateways(33)
+    with serving(fake) as address:
+        result = run("explain", "r7", "--address", address)
+    assert result.exit_code == 1
+    assert result.stderr == "sluice: r7 is not remembered\n"
+    assert fake.num_asked == len(fake.connections) == 32
+
+
+def test_explain_asks_no_more_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "QUERY_TIMEOUT_S", 0.0)
+    fake = FakeGateways(33)
+    with serving(fake) as address:
+        assert run("explain", "r7", "--address", address).exit_code == 1
+    assert fake.num_asked == 1
 
 
 @pytest.mark.parametrize("outcome", ["refuse", "break", "truncate"])

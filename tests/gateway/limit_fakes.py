@@ -43,7 +43,7 @@ class JitteryStore(EmbeddedStore):
     def sums(self) -> dict[str, int]:
         """Return the counters that are not 0 now."""
         live = {key: self._live_counter(key) for key in list(self._counters)}
-        return {key: counter.sum for key, counter in live.items() if counter and counter.sum}
+        return {key: counted for key, counted in live.items() if counted}
 
     async def _take_turns(self) -> None:
         for _ in range(self._chance.randrange(5)):

@@ -73,7 +73,8 @@ def keys_of(
 
 def replica_info(replica_id: str = "r1", **fields: Any) -> ReplicaInfo:
     layout = {"fingerprint": FINGERPRINT.hex(), "tp": 1, "pp": 1, "block_size": BLOCK_SIZE}
-    return ReplicaInfo(replica_id, "h:1", "m", max_model_len=512, **(layout | fields))
+    facts: dict[str, Any] = {"address": "h:1", "model": "m", "max_model_len": 512}
+    return ReplicaInfo(replica_id, **(facts | layout | fields))
 
 
 def stored_blocks(store: Any, *infos: ReplicaInfo) -> StoredBlocks:

@@ -12,13 +12,14 @@ from gateway_fakes import FINGERPRINT, FakeLeader, Stage, eventually, stage
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from prefix_fakes import TOKENS, StoringLeader, flaky_blocks, keys_of, record
-from tenant_files import KEYS, auth_config
+from tenant_files import KEYS, auth_config, sha256, write_tenants
 
 from cluster.client import AsyncClient
 from cluster.errors import (
     AlreadyExistsError,
     InvalidArgumentError,
     NotFoundError,
+    OverloadedError,
     PermissionDeniedError,
     UnauthenticatedError,
     UnavailableError,
@@ -227,7 +228,11 @@ async def test_prefix_lost_with_the_blocks_is_computed_again(
     blocks.is_down = False
     await blocks.flush()
     await eventually(lambda: len(leader.pinned) == 2)
-    assert all(await blocks.has_blocks(keys_of(TOKENS)))
+
+    async def is_stored() -> bool:
+        return all(await blocks.has_blocks(keys_of(TOKENS)))
+
+    await eventually(is_stored)  # the leader writes after it was asked
 
 
 async def test_tenants_share_neither_names_nor_blocks(tmp_path: Path) -> None:
@@ -256,6 +261,45 @@ async def test_tenants_share_neither_names_nor_blocks(tmp_path: Path) -> None:
                     await call
             assert (await root.cache_stats()).store is not None
             assert (await root.flush_cache(store=True)).num_store_blocks == 3
+
+
+async def test_prefix_beyond_its_tenants_limits_is_not_registered(tmp_path: Path) -> None:
+    tenant = {"name": "alice", "key_sha256": [sha256(KEYS["alice"])], "tokens_per_minute": 54}
+    auth, blocks = {"tenants_file": str(write_tenants(tmp_path, [tenant]))}, flaky_blocks()
+    async with stage(StoringLeader(blocks), block_store=blocks, auth=auth) as running:
+        async with AsyncClient(running.address, api_key=KEYS["alice"]) as alice:
+            with pytest.raises(InvalidArgumentError, match="tokens_per_minute=54"):
+                await alice.register_prefix("long", token_ids=range(100, 300))
+            assert await alice.list_prefixes() == []
+            await alice.register_prefix("system", token_ids=TOKENS)  # 53 and one after them
+            with pytest.raises(OverloadedError, match="tokens_per_minute=54"):
+                await alice.register_prefix("other", token_ids=TOKENS[1:])
+            assert [prefix.name for prefix in await alice.list_prefixes()] == ["system"]
+        assert len(_leader(running).pinned) == 1
+
+
+async def test_registry_that_is_full_costs_no_tokens(tmp_path: Path) -> None:
+    key = KEYS["alice"]
+    tenant = {"name": "alice", "key_sha256": [sha256(key)], "tokens_per_minute": 200}
+    auth = {"tenants_file": str(write_tenants(tmp_path, [tenant]))}
+    one_at_most = stage(FakeLeader(), auth=auth, max_prefixes=1)
+    async with one_at_most as running, AsyncClient(running.address, api_key=key) as alice:
+        await alice.register_prefix("system", token_ids=TOKENS)
+        for _ in range(5):
+            with pytest.raises(OverloadedError, match=r"limit=1 \(gateway.max_prefixes"):
+                await alice.register_prefix("other", token_ids=TOKENS)
+            await eventually(lambda: not running.server._rate_limiter._tasks)
+        await alice.remove_prefix("system")
+        await alice.register_prefix("other", token_ids=TOKENS)
+
+
+async def test_prefix_is_computed_with_its_tenants_weight(tmp_path: Path) -> None:
+    tenant = {"name": "alice", "key_sha256": [sha256(KEYS["alice"])], "weight": 2.5}
+    auth, blocks = {"tenants_file": str(write_tenants(tmp_path, [tenant]))}, flaky_blocks()
+    async with stage(StoringLeader(blocks), block_store=blocks, auth=auth) as running:
+        async with AsyncClient(running.address, api_key=KEYS["alice"]) as alice:
+            await alice.register_prefix("system", token_ids=TOKENS)
+        assert [request.tenant_weight for request in _leader(running).pinned] == [2.5]
 
 
 async def test_administrator_lists_and_removes_prefixes_of_tenants_that_are_gone(

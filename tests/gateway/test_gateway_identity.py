@@ -323,6 +323,18 @@ def test_key_that_does_not_fit_its_algorithm_is_refused(
         Authenticator(config)
 
 
+def test_weight_of_a_tenant_is_that_of_its_callers(tmp_path: Path) -> None:
+    tenants = [
+        {"name": "alice", "key_sha256": [sha256(KEYS["alice"])], "weight": 2.5},
+        {"name": "bob", "key_sha256": [sha256(KEYS["bob"])]},
+    ]
+    path = write_tenants(tmp_path, tenants)
+    authenticator = Authenticator(AuthConfig(tenants_file=str(path)))
+    weights = [authenticator.weight_of(name) for name in ("alice", "bob", "mallory", "")]
+    assert weights == [2.5, 1.0, 1.0, 1.0]
+    assert Authenticator(AuthConfig()).weight_of("alice") == 1.0
+
+
 def test_salt_of_a_tenant_is_that_of_its_callers(tmp_path: Path) -> None:
     authenticator = Authenticator(auth_config(tmp_path))
     for name, key in KEYS.items():

@@ -50,6 +50,13 @@ def test_time_that_is_none_is_refused_with_its_path(name: str, value: float) -> 
     assert name in str(caught.value)
 
 
+def test_latency_without_a_time_is_refused() -> None:
+    message = pb.GenerateRequest(latency=pb.LatencyObjective())
+    with pytest.raises(InvalidArgumentError, match="give ttft_s or tpot_s") as caught:
+        read_slo(message, CONFIG)
+    assert caught.value.field == "latency"
+
+
 def test_unknown_class_is_refused() -> None:
     message = pb.GenerateRequest()
     message.service_class = 99  # type: ignore[assignment]
@@ -75,5 +82,7 @@ async def test_objective_reaches_the_leader() -> None:
             await InferenceStub(channel).Generate(bad, timeout=20)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     (submitted,) = leader.submitted
-    assert submitted.slo == SLO(60.0, 30.0)
+    assert submitted.slo.ttft_s is not None
+    assert 40.0 < submitted.slo.ttft_s <= 60.0, "what the gateway took is off it"
+    assert submitted.slo.tpot_s == 30.0
     assert submitted.service_class is ServiceClass.INTERACTIVE

@@ -219,7 +219,7 @@ class Calls:
         self.counts: Counter[str] = Counter()
         self.requests: list[Any] = []
         self._running = running
-        for name in ("submit", "resend", "on_first_token", "on_end"):
+        for name in ("submit", "on_first_token", "on_end"):
             self._count(name, monkeypatch)
 
     def _count(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +265,7 @@ async def test_dispatcher_hears_of_every_request_once(monkeypatch: pytest.Monkey
         leader.refusal = other.refusal = "UNAVAILABLE: stopping"
         with pytest.raises(UnavailableError):
             await client.generate("x")
-        assert await calls.take() == {"submit": 1, "resend": 1, "on_end": 1}
+        assert await calls.take() == {"submit": 2, "on_end": 2}  # an attempt each
 
 
 @pytest.mark.integration
@@ -332,3 +332,14 @@ async def test_limits_of_a_tenant_hold_before_the_gateway(tmp_path: Path) -> Non
     assert _details(refused.value)[0] == "RATE_LIMITED"
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert [request.tenant_weight for request in leader.submitted] == [3.0, 3.0]
+
+
+@pytest.mark.integration
+async def test_second_attempt_is_what_explain_tells() -> None:
+    refusing, serving = FakeLeader("a"), FakeLeader("b")
+    refusing.refusal = "RESOURCE_EXHAUSTED: 8 requests wait, limit=8: try again later"
+    async with stage(refusing, serving) as running, AsyncClient(running.address) as client:
+        for number in range(6):
+            await client.generate("x", sampling={"max_tokens": 2}, request_id=f"q{number}")
+            explanation = await client.explain(f"q{number}")
+            assert explanation.chosen is not None and explanation.chosen.replica_id == "b"

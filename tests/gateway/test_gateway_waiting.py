@@ -51,7 +51,8 @@ class FakeDispatcher:
     def next_poll_s(self) -> float:
         return self.due_s
 
-    def place(self, request_id: str) -> Outcome | None:
+    def place(self, request_id: str, now_s: float) -> Outcome | None:
+        del now_s
         return self.places.get(request_id)
 
     def on_end(self, request_id: str) -> None:

@@ -190,6 +190,19 @@ def test_embedded_journal_that_was_silent_longest_makes_room() -> None:
     store.check_invariants()
 
 
+def test_embedded_counters_that_ended_make_room_behind_longer_ones() -> None:
+    clock = VirtualClock()
+    store = EmbeddedStore(StoreConfig(), clock)
+    for number in range(MAX_COUNTERS):
+        run(store.count(str(number), 1, 10.0 if number % 2 else 90.0))
+    clock.advance(10.0)
+    assert run(store.count("one more", 1, 60.0)) == 1
+    assert run(store.count("0", 1, 90.0)) == 2
+    assert run(store.count("1", 1, 90.0)) == 1
+    assert len(store._counters) == MAX_COUNTERS // 2 + 2
+    store.check_invariants()
+
+
 def test_embedded_counters_are_bounded_and_make_room_when_they_end() -> None:
     clock = VirtualClock()
     store = EmbeddedStore(StoreConfig(), clock)

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 from route_fakes import BLOCK_SIZE, IDLE, TOKEN_S, Pool, info, load, request
 
-from cluster.router.correction import MAX_LEVEL
 from cluster.types import DueWork, ReplicaLoad
 
 EIGHT = [f"r{number}" for number in range(8)]
@@ -44,7 +43,6 @@ def test_slo_leaves_the_cached_prefix_where_it_would_miss_the_objective() -> Non
     assert (decision.replica_id, decision.meets_slo) == ("b", True)
     # What is queued there but due later does not stand in its way.
     pool = Pool({"a": load(work_s=2.0, due_s=9.0), "b": IDLE}).cache(a=LONG)
-    pool.table.risk.level = MAX_LEVEL  # under load; else the first token would come sooner at b
     decision = pool.pick(request(1100, LONG, ttft_s=1.5))
     assert (decision.replica_id, decision.meets_slo) == ("a", True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import ray
 
 from cluster.errors import ConfigError, InvalidArgumentError, UnavailableError
 from cluster.simulator.ray_sweep import run_on_ray
-from cluster.simulator.scenario import Scenario, run_point
+from cluster.simulator.scenario import Scenario, make_settings, run_point
 from cluster.simulator.sweep import GridPoint, SweepPoint, make_grid
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
@@ -64,6 +64,21 @@ def test_sweep_takes_the_trace_along(own_ray: None, tmp_path: Path) -> None:
     assert point.report["workload"] == point.report["settings"]["trace"] == "own.csv"
     assert point.report["num_requests"] == 20
     json.dumps(point.report, allow_nan=False)
+
+
+def test_sweep_keeps_files_of_one_name_apart(own_ray: None, tmp_path: Path) -> None:
+    trace, fit = tmp_path / "traces" / "own", tmp_path / "fits" / "own"
+    for path in (trace, fit):
+        path.parent.mkdir()
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.0,100,5\n")
+    cost = asdict(make_settings(SMALL).cost.step)
+    fit.write_text(json.dumps({"cost": cost, "model": "demo"}))
+    scenario = Scenario(trace=str(trace), cost_model=str(fit), num_replicas=2)
+    (point,) = run_on_ray(scenario, make_grid(["slo"], [1.0], [0]))
+    settings = point.report["settings"]
+    assert (settings["trace"], settings["cost_model"]) == ("own", "own")
+    assert settings["cost"].startswith("measured")
+    assert point.report["num_requests"] == 1
 
 
 def test_sweep_names_the_point_that_failed(own_ray: None) -> None:

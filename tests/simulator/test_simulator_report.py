@@ -7,6 +7,7 @@ import pytest
 
 from cluster.simulator.record import End, ReplicaRecord
 from cluster.simulator.report import Report, make_report
+from cluster.simulator.tables import report_tables
 from cluster.types import NO_SLO, SLO, ServiceClass
 from tests.simulator.simulation_results import random_result, refused, request, result
 
@@ -78,13 +79,39 @@ def test_report_keys_are_stable() -> None:
     assert list(report_of(request()).to_dict()) == [
         *("policy", "workload", "rate_scale", "seed", "num_gateways"),
         *("num_requests", "num_finished", "num_refused", "num_expired", "num_failed", "num_cut"),
+        "reasons",
         *("refused_share", "goodput", "goodput_per_s", "offered_per_s", "classes", "tenants"),
         *("ttft_s", "tpot_s", "end_to_end_s", "input_tokens_per_s", "output_tokens_per_s"),
-        *("prefix_hit_rate", "spread", "prediction", "num_preemptions", "num_blind_decisions"),
+        *("prefix_hit_rate", "spread", "prediction", "num_preemptions"),
         *("num_replicas_mean", "num_replicas_max", "replica_hours", "usd_per_hour"),
         *("usd_per_million_tokens", "usd_per_million_good_output_tokens"),
         *("duration_s", "wall_s", "virtual_s_per_wall_s", "settings"),
     ]
+
+
+def test_report_counts_reasons_that_differ_in_numbers_as_one() -> None:
+    late = [refused(i, reason=f"TTFT {0.31 * i:.3g} s, objective=2 s") for i in range(1, 4)]
+    lost = [request(i, end=End.FAILED, reason=f"replica-{i} died") for i in (7, 8)]
+    report = report_of(
+        *lost,
+        *late,
+        request(20, end=End.EXPIRED),
+        request(21, end=End.FINISHED, reason="served without its objective"),
+        request(22, end=End.CUT, reason="not over"),
+    )
+    assert list(report.reasons.items()) == [
+        ("TTFT # s, objective=# s", 3),
+        ("replica-# died", 2),
+        ("no reason given", 1),
+    ]
+    (table,) = (table for table in report_tables(report) if table.title.startswith("Why"))
+    assert table.rows[0] == ("TTFT # s, objective=# s", "3")
+    assert not any(table.title.startswith("Why") for table in report_tables(report_of(request())))
+
+
+def test_report_names_five_reasons_at_most() -> None:
+    many = [refused(i, reason=letter) for i, letter in enumerate("abcdefgg")]
+    assert report_of(*many).reasons == {"g": 2, "a": 1, "b": 1, "c": 1, "d": 1}
 
 
 def test_report_groups_requests_by_class_and_tenant() -> None:

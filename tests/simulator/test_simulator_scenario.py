@@ -158,6 +158,7 @@ def test_scenario_estimates_hardware_and_reads_fits(tmp_path: Path) -> None:
         ({"overrides": ("engine.nonsense=1",)}, "nonsense"),
         ({"rate_scale": -1.0}, "rate_scale"),
         ({"slo_ttft_s": -1.0}, "ttft_s"),
+        ({"slo_ttft_s": 0.0, "slo_ttft_per_token_s": 1e-3}, "--slo-ttft-ms-per-token=1 with"),
         ({"num_blocks": 0}, "num_blocks"),
     ],
 )
