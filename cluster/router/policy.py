@@ -12,11 +12,8 @@ import numpy as np
 
 from cluster.config import RouterConfig
 from cluster.router.replica_table import Floats
-from cluster.router.slo_policy import SloPolicy
+from cluster.router.slo_policy import MAX_ORDER, SloPolicy
 from cluster.router.view import View
-
-MAX_ORDER = 5
-"""Replicas that a policy names: the chosen one, then those to try if it fails."""
 
 
 class Policy(Protocol):
