@@ -180,7 +180,6 @@ class Dispatcher:
                 item for item in self._pushed_out if item[0].request_id != request_id
             ]
         self._land(request_id)
-        self._router.on_end(request_id)
 
     def explain(self, request_id: str) -> Explanation | None:
         """Return what is remembered of a request; None: nothing (any more)."""

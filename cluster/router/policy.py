@@ -31,10 +31,6 @@ class Policy(Protocol):
         """Remember where a request went."""
         ...
 
-    def on_end(self, request_id: str) -> None:
-        """Forget a request."""
-        ...
-
     def set_peers(self, rank: int, num_gateways: int) -> None:
         """Learn which of how many gateways this is."""
         ...
@@ -52,9 +48,6 @@ class _Scored:
 
     def on_pick(self, view: View, at: int) -> None:
         del view, at
-
-    def on_end(self, request_id: str) -> None:
-        del request_id
 
     def set_peers(self, rank: int, num_gateways: int) -> None:
         del rank, num_gateways

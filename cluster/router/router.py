@@ -81,10 +81,6 @@ class Router:
         """Tell the policy which of how many gateways this is."""
         self._policy.set_peers(rank, num_gateways)
 
-    def on_end(self, request_id: str) -> None:
-        """Tell the policy that a request has ended."""
-        self._policy.on_end(request_id)
-
     def _filter(self, request: RouteRequest, table: ReplicaTable) -> _Ints:
         """Return the rows of the replicas that take requests of this model and length."""
         self._rows_by_kind(table)

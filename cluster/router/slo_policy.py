@@ -157,9 +157,6 @@ class SloPolicy:
         if key is not None:
             self._hot.use(key, view.now_s)
 
-    def on_end(self, request_id: str) -> None:
-        """Nothing is remembered of a request."""
-
     def _share(self, view: View) -> Floats:
         table = view.table
         if self._mine_version != table.version:

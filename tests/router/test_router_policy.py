@@ -20,7 +20,7 @@ def test_every_policy_serves_and_names_each_candidate_once(policy: str) -> None:
         decision = pool.pick(request(160, [1, 2, number]))
         names = [candidate.replica_id for candidate in decision.candidates]
         assert len(set(names)) == len(names) <= 8
-        pool.router.on_end(f"r{number}")
+        pool.router.take()
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p not in ("round_robin",)])
