@@ -229,7 +229,8 @@ class Engine:
             max(1, s.num_remaining_tokens - s.num_expected_tokens) for s in waiting
         )
         num_to_prefill += sum(s.num_remaining_tokens for s in running if not s.is_decoding)
-        due, late_s = self._scheduler.work(self._clock.now())
+        pace = self._scheduler.prefill_time.now()
+        due, late_s = self._scheduler.work(self._clock.now(), pace)
         return ReplicaLoad(
             num_running=len(running),
             num_waiting=len(waiting),
@@ -243,9 +244,9 @@ class Engine:
             cache=self._tiers.load() if self._tiers is not None else CacheLoad(),
             due=due,
             late_s=late_s,
-            prefill_token_s=self._scheduler.prefill_time.token_s(),
+            prefill_token_s=pace.token_s,
             fetch_block_s=0.0 if self._store is None else self._store.fetch_block_s,
-            decode_step_s=self._scheduler.prefill_time.decode_step_s(),
+            decode_step_s=pace.decode_step_s,
         )
 
     @property

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from cluster.config import EngineConfig
 from cluster.engine.pace import step_limit_s
-from cluster.engine.prefill_time import PrefillTime
+from cluster.engine.prefill_time import PrefillPace, PrefillTime
 from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.prompt_order import PromptOrder
 from cluster.engine.sequence import Sequence, SequenceState
@@ -171,9 +171,9 @@ class Scheduler:
             self.tiers.plan_copies(has_prompts=batch.num_prompt_tokens > 0)
         return batch
 
-    def work(self, now_s: float) -> tuple[tuple[DueWork, ...], float]:
+    def work(self, now_s: float, pace: PrefillPace) -> tuple[tuple[DueWork, ...], float]:
         """Return the prompts to be computed as `ReplicaLoad.due` and `late_s`."""
-        return self._order.work(now_s, self.prefill_time.of())
+        return self._order.work(now_s, pace.seconds)
 
     def waits_until_s(self) -> float:
         """Return when the first of those that wait for the store goes on without it, at most."""
@@ -284,7 +284,7 @@ class Scheduler:
 
     def _take_prompts(self, batch: Batch, num_begun: int, now_s: float) -> None:
         """Take chunks of prompts, the most urgent first; who waits is begun if there is room."""
-        self._order.review(now_s, self.prefill_time.of)
+        self._order.review(now_s, lambda: self.prefill_time.now().seconds)
         can_begin = True
         for sequence in self._order:
             if batch.is_full or not (num_begun or can_begin):
@@ -311,7 +311,7 @@ class Scheduler:
         """
         if not self.waiting or not any(self._yields(s) for s in self.running.values()):
             return
-        self._order.review(now_s, self.prefill_time.of)
+        self._order.review(now_s, lambda: self.prefill_time.now().seconds)
         first = next((s for s in self._order if s.state is SequenceState.WAITING), None)
         if first is not None and self._yielding(first) is not None:
             self._begin(first, now_s)
