@@ -200,6 +200,18 @@ class ReplicaConfig(_Section):
         5.0, gt=0.5, description="a leader that is silent this long is forgotten"
     )
     load_interval_s: float = Field(0.1, gt=0, description="between two pushed load reports")
+    heartbeat_timeout_s: float = Field(
+        1.5,
+        gt=0.2,
+        description="a process of a group that is silent this long, however busy it is, ends the "
+        "group; a leader that is silent this long loses its requests to other replicas",
+    )
+    stuck_timeout_s: float = Field(
+        4.0,
+        gt=0.2,
+        description="a step that uses no processor for this long, though its processes answer, "
+        "ends the group",
+    )
     start_timeout_s: float = Field(300.0, gt=0, description="to load the model and join the group")
     drain_timeout_s: float = Field(
         30.0, ge=0, description="running streams may finish in this time"
@@ -235,6 +247,15 @@ class GatewayConfig(_Section):
     )
     queue_timeout_s: float = Field(
         30.0, gt=0, description="a request without a replica waits this long"
+    )
+    max_attempts: int = Field(
+        8, ge=1, description="replicas that a request is given to, one after the other, at the most"
+    )
+    max_detach_s: float = Field(
+        600.0, ge=0, description="a request may go on for so long while nobody listens"
+    )
+    journal_interval_s: float = Field(
+        0.1, gt=0, description="between two writes of what live requests have become, seconds"
     )
     default_max_tokens: int = Field(128, ge=1, description="where a request names none")
     max_stop_strings: int = Field(16, ge=0, description="per request")
@@ -343,7 +364,14 @@ class StoreConfig(_Section):
         64, ge=1, description="calls of one process on their way; more fail at once"
     )
     max_bytes: int = Field(512 * 2**20, ge=2**20, description="budget for KV blocks, bytes")
-    journal_ttl_s: float = Field(600.0, gt=0, description="journals are kept this long")
+    journal_ttl_s: float = Field(
+        600.0, gt=0, description="journals of requests are kept this long after the last write"
+    )
+    journal_bytes: int = Field(
+        64 * 2**20,
+        ge=2**16,
+        description="budget for journals, bytes; the oldest finished ones make room first",
+    )
     kv_ttl_s: float = Field(3600.0, gt=0, description="KV blocks are kept this long after a use")
     kv_write_after_uses: int = Field(
         2,

@@ -10,7 +10,12 @@
     ├── OverloadedError         RESOURCE_EXHAUSTED  a bounded queue is full: come back later
     ├── DeadlineError           DEADLINE_EXCEEDED   the caller's time is over
     ├── CancelledError          CANCELLED           the caller went away
+    ├── FailedPreconditionError FAILED_PRECONDITION what is there contradicts what is asked for
+    ├── OutOfRangeError         OUT_OF_RANGE        a position that does not exist
+    ├── SupersededError         ABORTED             the client goes on with it elsewhere
+    ├── PoisonError             INTERNAL            replicas died of this request
     └── UnavailableError        UNAVAILABLE         no replica, a replica died, shutting down
+        └── ReplicaLostError                        ... the one that computed the request
 
 A message says what was given, the limit, and what to do:
 ``max_tokens=9000, limit=8192: ask for fewer tokens``.
@@ -24,6 +29,9 @@ class SluiceError(Exception):
 
     code: str = "INTERNAL"
     """Name of the gRPC status code."""
+
+    reason: str = ""
+    """What programs tell errors of one code apart by, as RATE_LIMITED; it never changes."""
 
 
 class InvalidArgumentError(SluiceError):
@@ -98,7 +106,58 @@ class CancelledError(SluiceError):
     code = "CANCELLED"
 
 
+class FailedPreconditionError(SluiceError):
+    """What is there contradicts what the caller says of it."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class OutOfRangeError(SluiceError):
+    """A position behind the end of what is there."""
+
+    code = "OUT_OF_RANGE"
+
+
+class SupersededError(SluiceError):
+    """The same client goes on with this request in another call."""
+
+    code = "ABORTED"
+    reason = "SUPERSEDED"
+
+
+class PoisonError(SluiceError):
+    """Replicas died while they computed this request: it is not tried again."""
+
+    reason = "POISONOUS_REQUEST"
+
+
+RESUME_ELSEWHERE = "RESUME_ELSEWHERE"
+"""Reason of an UnavailableError: the request is journalled, another gateway goes on with it."""
+
+
 class UnavailableError(SluiceError):
-    """No process can do this now: none is up, it died, or it is shutting down."""
+    """No process can do this now: none is up, it died, or it is shutting down.
+
+    Args:
+        message: Who cannot, what to do.
+        reason: What programs tell errors apart by, as RESUME_ELSEWHERE.
+    """
 
     code = "UNAVAILABLE"
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ReplicaLostError(UnavailableError):
+    """The replica died, failed or fell silent while it had the request.
+
+    Args:
+        message: Which one, and why.
+        num_suspects: Requests of this gateway that it had and that had got no token of it yet.
+    """
+
+    def __init__(self, message: str, *, num_suspects: int = 1) -> None:
+        super().__init__(message)
+        self.num_suspects = num_suspects

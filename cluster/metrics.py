@@ -69,6 +69,42 @@ class Metrics:
             buckets=_LATENCY_BUCKETS_S,
             registry=registry,
         )
+        self.resumptions = Counter(
+            "sluice_resumptions_total",
+            "Times that an answer went on at another replica (lost, moved), or for a client that "
+            "had come back (client).",
+            ["cause"],
+            registry=registry,
+        )
+        self.gap = Histogram(
+            "sluice_gap_seconds",
+            "From the last token before such a cut to the first one behind it, by cause.",
+            ["cause"],
+            buckets=_LATENCY_BUCKETS_S,
+            registry=registry,
+        )
+        self.quarantined = Counter(
+            "sluice_quarantined_requests_total",
+            "Requests that failed because replicas had died of them.",
+            registry=registry,
+        )
+        self.superseded = Counter(
+            "sluice_superseded_requests_total",
+            "Calls that ended because their client went on with the request in another one.",
+            registry=registry,
+        )
+        self.journals_dropped = Counter(
+            "sluice_journals_dropped_total",
+            "Journals that made room within store.journal_bytes, of requests that had finished or "
+            "were live: these cannot be resumed any more.",
+            ["state"],
+            registry=registry,
+        )
+        self.journal_errors = Counter(
+            "sluice_journal_errors_total",
+            "Writes of journals that the store did not take; they are tried again.",
+            registry=registry,
+        )
         self.tpot = Histogram(
             "sluice_tpot_seconds",
             "Mean time per token after the first one.",

@@ -15,6 +15,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # a stop string, a stop token, or the model's end-of-text token
     LENGTH = "length"  # max_tokens, or the model's context is full
     CANCELLED = "cancelled"  # the client or the gateway asked for it
+    MOVED = "moved"  # its replica hands it over: another one goes on with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,9 @@ class EngineRequest:
     service_class: ServiceClass = ServiceClass.STANDARD
     tenant: str = ""  # of the authenticated identity: who shares a fair share
     tenant_weight: float = 1.0  # of its fair share, > 0
+    # Of its answer, generated before, maybe elsewhere: it goes on behind them. Limits, penalties
+    # and positions count them, as if they had been generated here.
+    output_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from cluster.errors import InvalidArgumentError
+from cluster.errors import InvalidArgumentError, UnavailableError
 from cluster.gateway import validation
 from cluster.gateway.explain import check_visible, explanation_to_proto
 from cluster.gateway.generation import ClientCall, GatewayParts
@@ -140,6 +140,19 @@ class InferenceServicer:
                 policy=self._parts.config.router.policy,
                 now_s=time.monotonic(),
             )
+
+    async def Resume(self, request: inference_pb2.ResumeRequest, context: _Context) -> None:
+        """Go on with a stream that was cut off."""
+        async with self._ending(context, request.request_id):
+            raise UnavailableError("Resume is not there yet")
+
+    async def DrainReplica(
+        self, request: inference_pb2.DrainReplicaRequest, context: _Context
+    ) -> inference_pb2.DrainReplicaResponse:
+        """Make a replica leave."""
+        async with ending(context, "-"):
+            raise UnavailableError("DrainReplica is not there yet")
+        return inference_pb2.DrainReplicaResponse()
 
     def _request_id(self, message: inference_pb2.GenerateRequest) -> str:
         return message.request_id or uuid.UUID(int=self._parts.rng.getrandbits(128)).hex

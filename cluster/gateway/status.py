@@ -73,7 +73,7 @@ def status_of(error: SluiceError) -> Status:
 
 def _reason(error: SluiceError) -> str:
     """Return what programs tell errors of one code apart by; it never changes."""
-    return (isinstance(error, OverloadedError) and error.reason) or error.code
+    return error.reason or error.code
 
 
 async def abort(context: grpc.aio.ServicerContext[Message, Message], error: SluiceError) -> None:

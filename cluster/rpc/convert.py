@@ -29,6 +29,7 @@ _END_OF_REASON = {
     FinishReason.STOP: engine_pb2.END_STOP,
     FinishReason.LENGTH: engine_pb2.END_LENGTH,
     FinishReason.CANCELLED: engine_pb2.END_CANCELLED,
+    FinishReason.MOVED: engine_pb2.END_MOVED,
 }
 _REASON_OF_END = {int(end): reason for reason, end in _END_OF_REASON.items()}
 _STORE_STATES = {
@@ -77,6 +78,7 @@ def submit_to_proto(request: EngineRequest) -> engine_pb2.Submit:
         service_class=_CLASSES[request.service_class],
         tenant=request.tenant,
         tenant_weight=request.tenant_weight,
+        output_token_ids=request.output_token_ids,
     )
 
 
@@ -111,6 +113,7 @@ def submit_from_proto(submit: engine_pb2.Submit) -> EngineRequest:
         service_class=_CLASS_OF.get(submit.service_class, ServiceClass.STANDARD),
         tenant=submit.tenant,
         tenant_weight=submit.tenant_weight or 1.0,
+        output_token_ids=tuple(submit.output_token_ids),
     )
 
 

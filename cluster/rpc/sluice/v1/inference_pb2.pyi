@@ -131,10 +131,24 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., service_class: _Optional[_Union[ServiceClass, str]] = ..., latency: _Optional[_Union[LatencyObjective, _Mapping]] = ..., prefix: _Optional[str] = ..., session: _Optional[str] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
-    __slots__ = ("request",)
+    __slots__ = ("request", "detach_on_disconnect_s")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    DETACH_ON_DISCONNECT_S_FIELD_NUMBER: _ClassVar[int]
     request: GenerateRequest
-    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ...) -> None: ...
+    detach_on_disconnect_s: float
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., detach_on_disconnect_s: _Optional[float] = ...) -> None: ...
+
+class ResumeRequest(_message.Message):
+    __slots__ = ("request_id", "after_seq", "tokens_received", "detach_on_disconnect_s")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    AFTER_SEQ_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    DETACH_ON_DISCONNECT_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    after_seq: int
+    tokens_received: _containers.RepeatedScalarFieldContainer[int]
+    detach_on_disconnect_s: float
+    def __init__(self, request_id: _Optional[str] = ..., after_seq: _Optional[int] = ..., tokens_received: _Optional[_Iterable[int]] = ..., detach_on_disconnect_s: _Optional[float] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "text")
@@ -241,6 +255,12 @@ class GenerateStreamResponse(_message.Message):
     delta: TokenDelta
     finished: Finished
     def __init__(self, request_id: _Optional[str] = ..., seq: _Optional[int] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., running: _Optional[_Union[Running, _Mapping]] = ..., delta: _Optional[_Union[TokenDelta, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+
+class ResumeResponse(_message.Message):
+    __slots__ = ("event",)
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    event: GenerateStreamResponse
+    def __init__(self, event: _Optional[_Union[GenerateStreamResponse, _Mapping]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text")
@@ -419,3 +439,15 @@ class ExplainResponse(_message.Message):
     tpot_slo_s: float
     ttft_s: float
     def __init__(self, request_id: _Optional[str] = ..., policy: _Optional[str] = ..., outcome: _Optional[_Union[AdmissionOutcome, str]] = ..., reason: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., num_candidates: _Optional[int] = ..., num_excluded: _Optional[int] = ..., age_s: _Optional[float] = ..., ttft_slo_s: _Optional[float] = ..., tpot_slo_s: _Optional[float] = ..., ttft_s: _Optional[float] = ...) -> None: ...
+
+class DrainReplicaRequest(_message.Message):
+    __slots__ = ("replica_id",)
+    REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
+    replica_id: str
+    def __init__(self, replica_id: _Optional[str] = ...) -> None: ...
+
+class DrainReplicaResponse(_message.Message):
+    __slots__ = ("num_requests",)
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    num_requests: int
+    def __init__(self, num_requests: _Optional[int] = ...) -> None: ...

@@ -48,6 +48,11 @@ class InferenceStub:
                 request_serializer=sluice_dot_v1_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
                 response_deserializer=sluice_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/sluice.v1.Inference/Resume',
+                request_serializer=sluice_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=sluice_dot_v1_dot_inference__pb2.ResumeResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/sluice.v1.Inference/Tokenize',
                 request_serializer=sluice_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -68,6 +73,11 @@ class InferenceStub:
                 request_serializer=sluice_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=sluice_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.DrainReplica = channel.unary_unary(
+                '/sluice.v1.Inference/DrainReplica',
+                request_serializer=sluice_dot_v1_dot_inference__pb2.DrainReplicaRequest.SerializeToString,
+                response_deserializer=sluice_dot_v1_dot_inference__pb2.DrainReplicaResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -87,6 +97,17 @@ class InferenceServicer:
     def GenerateStream(self, request, context):
         """GenerateStream answers with events; the last one is `finished`. A stream that ends without it
         and without an error status was cut off.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Resume goes on with a stream that was cut off, at any gateway, for whoever began it. Its events
+        continue the sequence behind `after_seq`. NOT_FOUND: the request is unknown or its journal has
+        expired; PERMISSION_DENIED: another tenant began it; OUT_OF_RANGE: the position is ahead of
+        what is known; FAILED_PRECONDITION: the tokens received contradict it, or no replica serves the
+        model's former version any more. A call that still carries the request ends with ABORTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,6 +142,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainReplica(self, request, context):
+        """DrainReplica makes a replica refuse new requests, hand the present ones over and end; it
+        returns at once. Where tenants are configured it is for administrators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -133,6 +162,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=sluice_dot_v1_dot_inference__pb2.GenerateStreamRequest.FromString,
                     response_serializer=sluice_dot_v1_dot_inference__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=sluice_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
+                    response_serializer=sluice_dot_v1_dot_inference__pb2.ResumeResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -153,6 +187,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=sluice_dot_v1_dot_inference__pb2.ExplainRequest.FromString,
                     response_serializer=sluice_dot_v1_dot_inference__pb2.ExplainResponse.SerializeToString,
+            ),
+            'DrainReplica': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainReplica,
+                    request_deserializer=sluice_dot_v1_dot_inference__pb2.DrainReplicaRequest.FromString,
+                    response_serializer=sluice_dot_v1_dot_inference__pb2.DrainReplicaResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -213,6 +252,33 @@ class Inference:
             '/sluice.v1.Inference/GenerateStream',
             sluice_dot_v1_dot_inference__pb2.GenerateStreamRequest.SerializeToString,
             sluice_dot_v1_dot_inference__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sluice.v1.Inference/Resume',
+            sluice_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+            sluice_dot_v1_dot_inference__pb2.ResumeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -321,6 +387,33 @@ class Inference:
             '/sluice.v1.Inference/Explain',
             sluice_dot_v1_dot_inference__pb2.ExplainRequest.SerializeToString,
             sluice_dot_v1_dot_inference__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainReplica(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sluice.v1.Inference/DrainReplica',
+            sluice_dot_v1_dot_inference__pb2.DrainReplicaRequest.SerializeToString,
+            sluice_dot_v1_dot_inference__pb2.DrainReplicaResponse.FromString,
             options,
             channel_credentials,
             insecure,

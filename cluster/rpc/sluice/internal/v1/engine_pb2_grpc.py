@@ -77,7 +77,7 @@ class EngineServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Drain makes the replica refuse new requests.
+        """Drain makes the replica refuse new requests, hand the present ones over and end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
