@@ -46,6 +46,9 @@ MOVES_WAIT_S = 0.005
 
 MIN_USES_REMEMBERED = 2**16  # blocks
 
+HAND_OVER_S = 1.0
+"""For so long a sequence that is handed over goes on here, while its blocks are stored."""
+
 
 @dataclass(frozen=True, slots=True)
 class _StepInFlight:
@@ -53,6 +56,12 @@ class _StepInFlight:
     batch: Batch
     moves: BlockMoves
     held: list[bytes]  # blocks of the host tier that it copies
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaving:
+    until_s: float
+    hashes: list[bytes]  # of its blocks that are being stored
 
 
 class Engine:
@@ -122,6 +131,7 @@ class Engine:
         self._scheduler.tiers = self._tiers
         self._sequences: dict[str, Sequence] = {}  # by request_id, until the end is decided
         self._steps: deque[_StepInFlight] = deque()  # submitted, oldest first
+        self._leaving: dict[str, _Leaving] = {}  # by request_id: handed over when they are stored
         self._ended: list[EngineOutput] = []  # last outputs that no step's result brings
         self._next_expiry_s = math.inf  # no deadline passes before
         self._seq_ids = count()
@@ -167,6 +177,10 @@ class Engine:
         check_request(request, self._traits, self._cache.num_blocks)
         self._scheduler.check_has_room()
         sequence = Sequence(next(self._seq_ids), request, self._traits, self._clock.now())
+        if request.output_token_ids and (reason := sequence.finish_reason()) is not None:
+            # It had ended where it came from: only the word of that was lost.
+            self._ended.append(EngineOutput(request.request_id, finish_reason=reason))
+            return
         self._next_expiry_s = min(self._next_expiry_s, sequence.expires_s)
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
@@ -182,6 +196,20 @@ class Engine:
         if sequence is not None:
             self._ended.append(self._end(sequence, reason=FinishReason.CANCELLED))
 
+    def hand_over(self, request_id: str) -> None:
+        """End a request with `FinishReason.MOVED`, so that another replica goes on with it.
+
+        Where its blocks are faster read from the store than computed, they are written first, and
+        it goes on here until they are. An unknown one is fine.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None or request_id in self._leaving:
+            return
+        hashes: list[bytes] = []
+        if self._tiers is not None and sequence.state is SequenceState.RUNNING:
+            hashes = self._tiers.store_all(sequence, self.step_time.cost)
+        self._leaving[request_id] = _Leaving(self._clock.now() + HAND_OVER_S, hashes)
+
     def step(self) -> list[EngineOutput]:
         """Submit what can be submitted, wait for the oldest step, return what is new.
 
@@ -192,6 +220,7 @@ class Engine:
         """
         self._end_expired()
         self._move_blocks(0.0)
+        self._end_leaving()
         while len(self._steps) < self._executor.max_in_flight and self._submit():
             pass
         outputs = []
@@ -373,6 +402,15 @@ class Engine:
             (sequence.expires_s for sequence in self._sequences.values()), default=math.inf
         )
 
+    def _end_leaving(self) -> None:
+        """End those that are handed over and whose blocks are stored, or late."""
+        now_s = self._clock.now()
+        for request_id, leaving in list(self._leaving.items()):
+            is_stored = self._tiers is None or self._tiers.is_stored(leaving.hashes)
+            if is_stored or now_s >= leaving.until_s:
+                sequence = self._sequences[request_id]
+                self._ended.append(self._end(sequence, reason=FinishReason.MOVED))
+
     def _end(
         self,
         sequence: Sequence,
@@ -383,6 +421,7 @@ class Engine:
     ) -> EngineOutput:
         """Take a sequence out of the engine; return its last output."""
         del self._sequences[sequence.request.request_id]
+        self._leaving.pop(sequence.request.request_id, None)
         self._scheduler.end(sequence)
         began_s = self._clock.now() if sequence.admitted_s is None else sequence.admitted_s
         return EngineOutput(

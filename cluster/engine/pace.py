@@ -29,7 +29,7 @@ def step_limit_s(
     """Return how long a step that begins now may take; infinite without objectives.
 
     Args:
-        decoding: Every one has got its first token.
+        decoding: Every one has got its first token, here or elsewhere.
         now_s: By the engine's clock.
         reserve: Share of a TPOT objective that is left free, in [0, 1).
         fastest_s: Predicted time of a step without prompts.
@@ -39,9 +39,10 @@ def step_limit_s(
         tpot_s = sequence.request.slo.tpot_s
         if tpot_s is None:
             continue
-        assert sequence.first_token_s is not None, "it decodes, so it has a token"
-        due_s = sequence.first_token_s + (sequence.num_output_tokens - 1) * tpot_s
-        lead_s = due_s - now_s
+        lead_s = 0.0  # of an answer that was begun elsewhere and has got no token here
+        if sequence.first_token_s is not None:
+            due_s = sequence.first_token_s + (sequence.num_chosen_tokens - 1) * tpot_s
+            lead_s = due_s - now_s
         if tpot_s < fastest_s:  # nothing can keep it: prompts need not stop for it either
             limit_s = min(limit_s, fastest_s / (1 - HOPELESS_PROMPT_SHARE))
             continue

@@ -482,7 +482,9 @@ class Scheduler:
         sequence.num_expected_tokens = sequence.num_computed_tokens
         if sequence.admitted_s is None:
             sequence.admitted_s = now_s
-            sequence.num_cached_tokens = sequence.num_computed_tokens
+            sequence.num_cached_tokens = min(
+                sequence.num_computed_tokens, sequence.num_prompt_tokens
+            )
             self.num_prefix_query_tokens += sequence.num_prompt_tokens
             self.num_prefix_hit_tokens += sequence.num_cached_tokens
             if self.tiers is not None:

@@ -6,7 +6,8 @@
 
 A step lets `num_computed_tokens` catch up with `num_tokens`. Where it does, the next token is
 chosen and the sequence is one token behind again. A long prompt, a cached prefix, a preempted
-sequence that starts anew: they differ in how far it is behind, and in nothing else.
+sequence that starts anew, an answer that was begun elsewhere: they differ in how far it is behind,
+and in nothing else.
 
     WAITING ──admitted──► RUNNING ──last token, abort, deadline──► FINISHED
        ▲                     │
@@ -96,8 +97,9 @@ class Sequence:
         self.is_first_run = True  # it was never preempted
         self.in_flight = False  # part of a step that is submitted and not collected
 
-        self.token_ids = list(request.prompt_token_ids)  # prompt, then output
-        self.num_prompt_tokens = len(self.token_ids)
+        # Prompt, then output, that of another replica included.
+        self.token_ids = [*request.prompt_token_ids, *request.output_token_ids]
+        self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_num_tokens = max_num_tokens(request, traits)  # ends at this many
         self.num_computed_tokens = 0  # in the KV cache
         self.num_expected_tokens = 0  # that need not be computed, when it was last looked up
@@ -112,7 +114,7 @@ class Sequence:
 
         self.arrived_s = arrived_s  # seconds by the engine's clock, like the next three
         self.admitted_s: float | None = None  # first time
-        self.first_token_s: float | None = None  # when it was chosen
+        self.first_token_s: float | None = None  # when the first one of this engine was chosen
         self.expires_s = math.inf if request.deadline_s is None else arrived_s + request.deadline_s
 
         eos = () if sampling.ignore_eos else tuple(sorted(traits.eos_token_ids))
@@ -140,6 +142,11 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_chosen_tokens(self) -> int:
+        """Tokens generated so far by this engine."""
+        return self.num_output_tokens - len(self.request.output_token_ids)
 
     @property
     def num_remaining_tokens(self) -> int:
@@ -173,8 +180,14 @@ class Sequence:
     def append(self, token_id: int) -> FinishReason | None:
         """Add a generated token; return why it is the last one, or None if it is not."""
         self.token_ids.append(token_id)
-        sampling = self.request.sampling
-        if token_id in self._stop_token_ids and self.num_output_tokens > sampling.min_tokens:
+        return self.finish_reason()
+
+    def finish_reason(self) -> FinishReason | None:
+        """Return why the last token of the output ends it, or None if it does not."""
+        num_output_tokens = self.num_output_tokens
+        if num_output_tokens > self.request.sampling.min_tokens and (
+            self.token_ids[-1] in self._stop_token_ids
+        ):
             return FinishReason.STOP
         if self.num_tokens >= self.max_num_tokens:
             return FinishReason.LENGTH
@@ -244,7 +257,15 @@ def check_request(request: EngineRequest, traits: ModelTraits, num_blocks: int) 
             f"max_tokens={sampling.max_tokens}, at least 1: ask for a token",
             field="sampling.max_tokens",
         )
+    num_given = len(request.output_token_ids)
+    if num_given > max_num_tokens(request, traits) - num_prompt_tokens:
+        raise InvalidArgumentError(
+            f"{num_given} tokens of the answer are there already, "
+            f"limit={max_num_tokens(request, traits) - num_prompt_tokens}: it has ended before",
+            field="output_token_ids",
+        )
     _check_token_ids(request.prompt_token_ids, traits.vocab_size, "prompt")
+    _check_token_ids(request.output_token_ids, traits.vocab_size, "output_token_ids")
     _check_token_ids(sampling.stop_token_ids, traits.vocab_size, "sampling.stop_token_ids")
     num_stops = len(traits.eos_token_ids.union(sampling.stop_token_ids))
     if sampling.min_tokens > 0 and num_stops >= traits.vocab_size:

@@ -71,6 +71,10 @@ class StoreWriter:
             return
         self._wanted[block_hash] = is_pinned or self._wanted.get(block_hash, False)
 
+    def is_pending(self, block_hash: bytes) -> bool:
+        """Return whether a block is wanted or on its way, so that it may still be written."""
+        return block_hash in self._wanted or block_hash in self._putting
+
     def unstaged(self) -> list[bytes]:
         """Return the next blocks to stage, in the order in which they were wanted."""
         wanted = islice(self._wanted, MAX_LOOK)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from cluster.config import StoreConfig
-from cluster.engine.fetch_plan import prefill_seconds
+from cluster.engine.fetch_plan import WORTH_IT, prefill_seconds
 from cluster.engine.host_tier import HostTier
 from cluster.engine.prefix_cache import PrefixCache
 from cluster.engine.sequence import Sequence
@@ -140,6 +140,39 @@ class Tiers:
         if is_pinned or self._host.uses.uses(block_hash) >= self._config.kv_write_after_uses:
             self.store.writer.want(block_hash, is_pinned=is_pinned)
             self._may_copy = True
+
+    def store_all(self, sequence: Sequence, cost: StepCost | None) -> list[bytes]:
+        """Let every full block of a sequence be stored, so that another replica goes on with it.
+
+        Args:
+            sequence: That runs here; its answer's blocks are stored too.
+            cost: Of a step; None is not known.
+
+        Returns:
+            The blocks that are to be written; none where computing them anew is not slower than
+            reading them, or nothing is written at present.
+        """
+        store, num_blocks = self.store, sequence.num_registered_blocks
+        if store is None or cost is None or not store.is_writable or not num_blocks:
+            return []
+        fetch_s = num_blocks * store.fetch_block_s
+        computed_s = prefill_seconds(
+            cost,
+            num_blocks * self._block_size,
+            num_computed_tokens=0,
+            step_tokens=self._step_tokens,
+        )[-1]
+        if not 0 < fetch_s < WORTH_IT * computed_s:
+            return []
+        hashes = [sequence.block_hash(index) for index in range(num_blocks)]
+        for block_hash in hashes:
+            store.writer.want(block_hash, is_pinned=False)
+        self._may_copy = True
+        return [block_hash for block_hash in hashes if store.writer.is_pending(block_hash)]
+
+    def is_stored(self, hashes: Iterable[bytes]) -> bool:
+        """Return whether none of these blocks is to be written any more."""
+        return self.store is None or not any(map(self.store.writer.is_pending, hashes))
 
     def note_hits(
         self, sequence: Sequence, first: int, end: int, *, waited_s: float, cost: StepCost | None

@@ -104,7 +104,9 @@ class Dispatcher:
         """Decide about a request that has arrived; one that is dispatched counts as sent."""
         self._note_misses(now_s)
         has_line = request.service_class in self._lines and len(self._queue) > 0
-        outcome = None if has_line else self._decide(request, now_s)  # those that wait came first
+        # Those that wait came first, unless it has come before them.
+        is_behind = has_line and not request.is_resumed
+        outcome = None if is_behind else self._decide(request, now_s)
         if outcome is None:
             outcome = self._enqueue(request, now_s)
         self._remember(request, outcome, now_s)
@@ -168,7 +170,7 @@ class Dispatcher:
         if flight.candidate.ttft_p50_s > 0 and len(self._errors) < _MAX_ERRORS:
             self._errors.append(actual_s / flight.candidate.ttft_p50_s)
         explanation = self._explained.get(request_id)
-        if explanation is not None:
+        if explanation is not None and not flight.request.is_resumed:
             ttft_s = now_s - flight.request.arrived_s
             self._explained[request_id] = replace(explanation, ttft_s=ttft_s)
 
@@ -209,6 +211,8 @@ class Dispatcher:
         decision = self._router.pick(request, self.table, self.index, now_s)
         if decision is None:
             return None
+        if request.is_resumed:
+            return self._dispatch(request, decision, now_s)
         if decision.is_full and now_s - request.arrived_s < MAX_HOLD_S:
             return None  # later the engine's own queue keeps a place for it
         if decision.meets_slo or self._config.router.admission == "off":

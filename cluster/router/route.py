@@ -18,7 +18,7 @@ class RouteRequest(NamedTuple):
     """What the global scheduler has to know of a request."""
 
     request_id: str
-    num_prompt_tokens: int
+    num_prompt_tokens: int  # and of its answer, where that goes on
     keys: KeysOf  # replicas that differ in model, dtype or layout know the prompt by other keys
     arrived_s: float  # at the gateway, by its clock
     slo: SLO = NO_SLO
@@ -29,6 +29,8 @@ class RouteRequest(NamedTuple):
     model: str = ""  # name; empty: any
     expires_s: float = math.inf  # the client's deadline, by the gateway's clock
     excluded: tuple[str, ...] = ()  # replicas that have failed it
+    fingerprint: str = ""  # of the model that began its answer, hex; empty: any goes
+    is_resumed: bool = False  # it was admitted before: it goes first, and is not refused
 
 
 class Candidate(NamedTuple):

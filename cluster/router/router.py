@@ -88,6 +88,7 @@ class Router:
         if (
             request.num_prompt_tokens < self._max_prompt_tokens
             and not request.excluded
+            and not request.fingerprint
             and (not request.model or self._models == {request.model})
             and np.minimum.reduce(is_open) > 0
         ):
@@ -95,6 +96,8 @@ class Router:
         is_fit = (is_open > 0) & (longest > request.num_prompt_tokens)
         if request.model:
             is_fit &= np.array([kind[2] == request.model for kind in table.kinds], bool)
+        if request.fingerprint:
+            is_fit &= np.array([kind[0] == request.fingerprint for kind in table.kinds], bool)
         for replica_id in request.excluded:
             row = table.row_of(replica_id)
             if row is not None:

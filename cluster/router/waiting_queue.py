@@ -1,5 +1,8 @@
 """Requests that wait at one gateway for a replica: bounded in number, in tokens and in time.
 
+Those that were admitted before and lost their replica are in nobody's way: they go first in their
+class, and the bounds are those of the others.
+
 fair_order.py says whose turn it is. What missed its objective while it waited is late: it does not
 hold up what can still be in time, and gets a share of its own (`engine.late_weight`).
 """
@@ -62,10 +65,13 @@ class _Entry:
 
     @property
     def num_tokens(self) -> int:
-        return self.request.num_prompt_tokens
+        """That count; of one that is resumed they have been counted."""
+        return 0 if self.request.is_resumed else self.request.num_prompt_tokens
 
     @property
     def item(self) -> tuple[float, int, _Entry]:
+        if self.request.is_resumed:
+            return (-math.inf, self.serial, self)
         ttft_s = self.request.slo.ttft_s
         due_s = _MAX_DUE_S if ttft_s is None else min(ttft_s, _MAX_DUE_S)
         return (self.request.arrived_s + due_s, self.serial, self)
@@ -104,6 +110,7 @@ class WaitingQueue:
         self._ends = _Timeline()
         self._objectives = _Timeline()  # of those that are not late
         self._num_tokens = 0
+        self._num_resumed = 0
         self._next_serial = 0
 
     def __len__(self) -> int:
@@ -156,6 +163,7 @@ class WaitingQueue:
         self._ends.add(entry.end_s, entry.serial)
         self._objectives.add(entry.late_s, entry.serial)
         self._num_tokens += entry.num_tokens
+        self._num_resumed += request.is_resumed
         self._order.put(entry.class_name, entry.item)
 
     def remove(self, request_id: str) -> None:
@@ -167,6 +175,7 @@ class WaitingQueue:
         self._ends.discard(entry.end_s, serial)
         self._objectives.discard(entry.late_s, serial)
         self._num_tokens -= entry.num_tokens
+        self._num_resumed -= entry.request.is_resumed
         self._order.take(entry.class_name, entry.item)
 
     def served(self, request: RouteRequest) -> None:
@@ -217,25 +226,27 @@ class WaitingQueue:
         assert sorted(entry.request.request_id for entry in waiting) == sorted(self._serials)
         assert sorted(self._entries) == sorted(self._serials.values())
         assert self._num_tokens == sum(entry.num_tokens for entry in waiting)
-        assert len(self) <= self._limits.max_queued_requests
+        assert self._num_resumed == sum(entry.request.is_resumed for entry in waiting)
+        assert len(self) - self._num_resumed <= self._limits.max_queued_requests
         assert self._num_tokens <= self._limits.max_queued_tokens
 
     @property
     def _is_over(self) -> bool:
         limits = self._limits
-        is_long = len(self) > limits.max_queued_requests
+        is_long = len(self) - self._num_resumed > limits.max_queued_requests
         return is_long or self._num_tokens > limits.max_queued_tokens
 
     def _last(self) -> RouteRequest:
         """Return who would be served last."""
-        *_, last = self._order
-        return last.request
+        *_, last = (entry.request for entry in self._order if not entry.request.is_resumed)
+        return last
 
     def _why_full(self, request: RouteRequest) -> str:
         max_requests, max_tokens = self._limits.max_queued_requests, self._limits.max_queued_tokens
-        if len(self) >= max_requests:
+        num_requests = len(self) - self._num_resumed
+        if num_requests >= max_requests:
             return (
-                f"{len(self)} requests wait for a replica, "
+                f"{num_requests} requests wait for a replica, "
                 f"gateway.max_queued_requests={max_requests}: try again later"
             )
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -48,6 +49,16 @@ def test_limit_is_not_raised_by_a_lead_and_lowered_by_what_a_stream_lost() -> No
     assert limit_s(10.1, sequence) == pytest.approx(0.09)
     assert limit_s(10.42, sequence) == pytest.approx(0.07)
     assert limit_s(10.9, sequence) < 0
+
+
+def test_limit_of_a_resumed_stream_counts_from_its_first_token_here() -> None:
+    request = replace(make_request(max_tokens=100, tpot_s=0.1), output_token_ids=(1,) * 30)
+    sequence = Sequence(0, request, TRAITS, 0.0)
+    assert limit_s(10.0, sequence) == pytest.approx(0.09)  # it has got no token here
+    sequence.append(1)
+    sequence.append(1)
+    sequence.first_token_s = 10.0
+    assert limit_s(10.15, sequence) == pytest.approx(0.04)
 
 
 def test_limit_does_not_chase_what_cannot_be_made_up() -> None:

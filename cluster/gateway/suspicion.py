@@ -1,0 +1,56 @@
+"""Whether a request is what replicas die of: it is not given to a third one.
+
+A replica that dies takes all its requests with it, and one of them may be the cause. Whoever gets a
+token from the next replica is acquitted. Who loses a second one without a token in between is
+convicted if nobody else there was without one too; otherwise the suspects are tried one after the
+other, so that a bystander is not taken for the culprit:
+
+    innocent ──replica lost──► suspect ──lost again, alone──► convicted
+        ▲                        │  └──lost again, with others──► on trial ──lost again──► convicted
+        └────────── a token ─────┴───────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from cluster.errors import PoisonError
+
+MAX_LOST = 2
+"""Replicas that a request may lose without a token in between."""
+
+
+class Suspicion:
+    """What is held against one request. Pure."""
+
+    def __init__(self) -> None:
+        self._num_lost = 0  # replicas, since the last token
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether a replica was lost with it, and it has got no token since."""
+        return self._num_lost > 0
+
+    @property
+    def needs_trial(self) -> bool:
+        """Whether it must not run beside others that do."""
+        return self._num_lost >= MAX_LOST
+
+    def on_token(self) -> None:
+        """A replica computed it and lives."""
+        self._num_lost = 0
+
+    def on_lost(self, *, num_suspects: int) -> None:
+        """A replica was lost while it had the request.
+
+        Args:
+            num_suspects: Requests that it had and that had got no token from it, this one included.
+
+        Raises:
+            PoisonError: It is convicted.
+        """
+        was_on_trial = self.needs_trial
+        self._num_lost += 1
+        if was_on_trial or (self._num_lost >= MAX_LOST and num_suspects <= 1):
+            raise PoisonError(
+                f"{self._num_lost} replicas died one after the other while they computed this "
+                "request and before it got a token of them: it is not tried again; report it"
+            )
