@@ -89,6 +89,10 @@ class Detokenizer:
 
     Held back are replacement characters at the end, which the next token may complete. At a clean
     point nothing is held, and the tokens before the last clean point can be forgotten.
+
+    What is out after so many tokens does not depend on how they were cut into calls, so that
+    another gateway goes on with the same text: several tokens are taken at once only where that
+    ends at a clean point, and one by one elsewhere.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -99,19 +103,34 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Take the next tokens; return the text that they complete."""
+        if len(token_ids) == 1:
+            return self._push_one(token_ids[0])
         window = self._window
-        window.extend(token_ids)
+        if len(window) - self._clean + len(token_ids) <= _MAX_WINDOW_TOKENS:
+            text = self._tokenizer.decode([*window, *token_ids])
+            if len(text) > self._num_sent and not text.endswith(_REPLACEMENT):
+                window.extend(token_ids)
+                return self._send(text, len(text))
+        return "".join([self._push_one(token_id) for token_id in token_ids])
+
+    def _push_one(self, token_id: int) -> str:
+        window = self._window
+        window.append(token_id)
         text = self._tokenizer.decode(window)
-        num_stable = len(text.rstrip(_REPLACEMENT))
+        new = self._send(text, len(text.rstrip(_REPLACEMENT)))
+        if len(window) - self._clean > _MAX_WINDOW_TOKENS:  # for long no clean point: hardly text
+            num_free = max(self._num_sent, len(text) - _MAX_CHAR_TOKENS)
+            new += text[self._num_sent : num_free]
+            self._forget(len(window) - _KEPT_TOKENS, num_held=len(text) - num_free)
+        return new
+
+    def _send(self, text: str, num_stable: int) -> str:
+        """Return what is new of the window's text up to `num_stable` characters."""
         new = text[self._num_sent : num_stable]
         if new:
             self._num_sent = num_stable
             if num_stable == len(text):
                 self._mark_clean()
-        if len(window) > _MAX_WINDOW_TOKENS:  # no clean point for long: hardly text
-            num_free = max(self._num_sent, num_stable, len(text) - _MAX_CHAR_TOKENS)
-            new += text[self._num_sent : num_free]
-            self._forget(len(window) - _KEPT_TOKENS, num_held=len(text) - num_free)
         return new
 
     def flush(self) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,30 @@ def test_any_tokens_give_the_text_of_all_of_them(groups: list[list[int]]) -> Non
     assert "".join(_pushed(groups)) == TOKENIZER.decode([t for group in groups for t in group])
 
 
+_BYTES = [token for token in range(4096) if "\ufffd" in TOKENIZER.token_text(token)]
+
+
+@given(
+    st.lists(st.sampled_from(_BYTES) | st.integers(0, 4095), max_size=100),
+    st.lists(st.integers(1, 12), min_size=1),
+)
+def test_text_after_so_many_tokens_does_not_depend_on_how_they_came(
+    token_ids: list[int], sizes: list[int]
+) -> None:
+    one_by_one, texts, text = Detokenizer(TOKENIZER), [""], ""
+    for token_id in token_ids:
+        text += one_by_one.push([token_id])
+        texts.append(text)
+    pushed, start, text = Detokenizer(TOKENIZER), 0, ""
+    for size in itertools.cycle(sizes):
+        text += pushed.push(token_ids[start : start + size])
+        start = min(start + size, len(token_ids))
+        assert text == texts[start]
+        if start == len(token_ids):
+            break
+    assert pushed.flush() == one_by_one.flush()
+
+
 @pytest.mark.parametrize("num_bad", [61, 62, 63, 64, 200])  # the window is cut at 65
 @pytest.mark.parametrize("tail", [0, 3])
 def test_bytes_that_are_no_text_do_not_grow_the_window(num_bad: int, tail: int) -> None:
@@ -50,7 +75,7 @@ def test_bytes_that_are_no_text_do_not_grow_the_window(num_bad: int, tail: int) 
     text = ""
     for token in tokens:
         text += detokenizer.push([token])
-        assert len(detokenizer._window) <= 65
+        assert len(detokenizer._window) <= 130  # as much before a clean point as behind it
     assert text + detokenizer.flush() == TOKENIZER.decode(tokens)
     assert "👍" in text
 
