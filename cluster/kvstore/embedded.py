@@ -1,7 +1,5 @@
 """Leases, counters, journals and records in the memory of one process: the one-machine default.
 
-    journals   order of the last append    | j3 | j1 | j8 |          dropped from the left
-
 It answers at once and never raises `UnavailableError`: `embedded_actor.py` puts it into a process
 of its own, where a deadline has a meaning. It is the model of a right store, too.
 """
@@ -10,24 +8,25 @@ from __future__ import annotations
 
 import heapq
 import uuid
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cluster.clock import Clock
 from cluster.config import StoreConfig
 from cluster.errors import OverloadedError
+from cluster.kvstore.embedded_journals import EmbeddedJournals
 from cluster.kvstore.store import (
     MAX_COUNT,
     MAX_RECORDS,
+    Journal,
+    JournalWrite,
+    JournalWrites,
     Records,
     check_record,
     too_many_records,
 )
 
-MAX_JOURNAL_BYTES = 64 * 2**20
 MAX_COUNTERS = 2**17
-_ENTRY_OVERHEAD_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,36 +35,23 @@ class _Expiring:
     expires_s: float
 
 
-@dataclass(slots=True)
-class _Journal:
-    expires_s: float
-    entries: list[bytes] = field(default_factory=list)
-    num_bytes: int = 0
-
-
 class EmbeddedStore:
     """The `Store` protocol on plain dictionaries.
 
     Args:
-        config: TTL of journals.
+        config: TTL and budget of journals.
         clock: For the TTLs.
-        max_journal_bytes: Budget of all journals; the longest untouched ones make room.
     """
 
-    def __init__(
-        self, config: StoreConfig, clock: Clock, max_journal_bytes: int = MAX_JOURNAL_BYTES
-    ) -> None:
-        self._config = config
+    def __init__(self, config: StoreConfig, clock: Clock) -> None:
         self._clock = clock
-        self._max_journal_bytes = max_journal_bytes
         self._leases: dict[str, dict[str, _Expiring]] = {}
         self._counters: dict[str, int] = {}  # sums
         self._counter_ends: list[tuple[float, str]] = []  # a heap of when each counter expires
         self._records: dict[str, dict[str, bytes]] = {}
         self._born = uuid.uuid4().hex  # no version of another life of this store is like ours
         self._num_changes: dict[str, int] = {}
-        self._journals: OrderedDict[str, _Journal] = OrderedDict()
-        self._journal_bytes = 0
+        self._journals = EmbeddedJournals(config, clock)
 
     async def put_lease(self, kind: str, key: str, value: bytes, ttl_s: float) -> None:
         """Make `key` present for `ttl_s` seconds, with `value`; renews and replaces."""
@@ -136,40 +122,17 @@ class EmbeddedStore:
             return Records(version, None)
         return Records(version, dict(sorted(self._records[kind].items())))
 
-    async def append_journal(self, key: str, entries: Sequence[bytes]) -> int:
-        """Append entries in order; return the journal's length after it. Renews its TTL.
+    async def write_journals(self, writes: Sequence[JournalWrite]) -> JournalWrites:
+        """Append to journals, in order; renew the TTL of those written."""
+        return self._journals.write(writes)
 
-        Raises:
-            OverloadedError: The journal alone would exceed the budget of all journals.
-        """
-        journal = self._live_journal(key) or _Journal(0.0)
-        if not journal.entries and not entries:
-            return 0
-        added = sum(map(len, entries)) + _ENTRY_OVERHEAD_BYTES * len(entries)
-        if journal.num_bytes + added > self._max_journal_bytes:
-            raise OverloadedError(
-                f"journal {key}: {journal.num_bytes + added} bytes, limit of all journals: "
-                f"{self._max_journal_bytes}: append less, or drop it"
-            )
-        journal.entries += entries
-        journal.num_bytes += added
-        journal.expires_s = self._clock.now() + self._config.journal_ttl_s
-        self._journals[key] = journal
-        self._journals.move_to_end(key)
-        self._journal_bytes += added
-        while self._journal_bytes > self._max_journal_bytes:
-            self._drop_journal(next(iter(self._journals)))
-        return len(journal.entries)
+    async def read_journal(self, key: str) -> Journal | None:
+        """Return a journal of any scope; None where there is none."""
+        return self._journals.read(key)
 
-    async def read_journal(self, key: str, start: int = 0) -> list[bytes]:
-        """Return the entries from index `start` (>= 0) on; empty where there are none."""
-        assert start >= 0, f"{start=}"
-        journal = self._live_journal(key)
-        return journal.entries[start:] if journal else []
-
-    async def drop_journal(self, key: str) -> None:
-        """Delete a journal; absent already is fine."""
-        self._drop_journal(key)
+    async def claim_journal(self, key: str, scope: str, owner: str) -> Journal | None:
+        """Make `owner` the one who writes, if there is a journal of this scope; renew its TTL."""
+        return self._journals.claim(key, scope, owner)
 
     async def ping(self) -> None:
         """Return."""
@@ -179,8 +142,7 @@ class EmbeddedStore:
 
     def check_invariants(self) -> None:
         """Assert that bytes of journals and ends of counters are those of what is there."""
-        assert self._journal_bytes == sum(j.num_bytes for j in self._journals.values())
-        assert self._journal_bytes <= self._max_journal_bytes
+        self._journals.check_invariants()
         assert sorted(self._counters) == sorted(key for _, key in self._counter_ends)
 
     def _live_leases(self, kind: str) -> dict[str, _Expiring]:
@@ -195,15 +157,3 @@ class EmbeddedStore:
             _, expired = heapq.heappop(self._counter_ends)
             del self._counters[expired]
         return self._counters.get(key)
-
-    def _live_journal(self, key: str) -> _Journal | None:
-        journal = self._journals.get(key)
-        if journal is not None and journal.expires_s <= self._clock.now():
-            self._drop_journal(key)
-            return None
-        return journal
-
-    def _drop_journal(self, key: str) -> None:
-        journal = self._journals.pop(key, None)
-        if journal is not None:
-            self._journal_bytes -= journal.num_bytes

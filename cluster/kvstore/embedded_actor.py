@@ -20,7 +20,7 @@ from cluster.errors import UnavailableError
 from cluster.kvstore.block_store import BlockStoreStats, Buffer, FetchedBlocks
 from cluster.kvstore.embedded import EmbeddedStore
 from cluster.kvstore.embedded_blocks import EmbeddedBlocks
-from cluster.kvstore.store import Records
+from cluster.kvstore.store import Journal, JournalWrite, JournalWrites, Records
 
 RAY_NAMESPACE = "sluice"
 MAX_PENDING_CALLS = 1000  # per client; more are refused at once
@@ -126,18 +126,20 @@ class EmbeddedStoreClient:
         records: Records = await self._call("list_records", kind, known_version)
         return records
 
-    async def append_journal(self, key: str, entries: Sequence[bytes]) -> int:
-        """Append entries in order; return the journal's length after it. Renews its TTL."""
-        return int(await self._call("append_journal", key, list(entries)))
+    async def write_journals(self, writes: Sequence[JournalWrite]) -> JournalWrites:
+        """Append to journals, in order and in one round trip; renew the TTL of those written."""
+        written: JournalWrites = await self._call("write_journals", list(writes))
+        return written
 
-    async def read_journal(self, key: str, start: int = 0) -> list[bytes]:
-        """Return the entries from index `start` (>= 0) on; empty where there are none."""
-        entries: list[bytes] = await self._call("read_journal", key, start)
-        return entries
+    async def read_journal(self, key: str) -> Journal | None:
+        """Return a journal of any scope; None where there is none."""
+        journal: Journal | None = await self._call("read_journal", key)
+        return journal
 
-    async def drop_journal(self, key: str) -> None:
-        """Delete a journal; absent already is fine."""
-        await self._call("drop_journal", key)
+    async def claim_journal(self, key: str, scope: str, owner: str) -> Journal | None:
+        """Make `owner` the one who writes, if there is a journal of this scope; renew its TTL."""
+        journal: Journal | None = await self._call("claim_journal", key, scope, owner)
+        return journal
 
     async def ping(self) -> None:
         """Return if the actor answers."""

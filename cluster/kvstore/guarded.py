@@ -15,7 +15,7 @@ from cluster.config import StoreConfig
 from cluster.errors import UnavailableError
 from cluster.kvstore.block_store import BlockStore, BlockStoreStats, Buffer, FetchedBlocks
 from cluster.kvstore.breaker import BreakerState, CircuitBreaker
-from cluster.kvstore.store import Records, Store
+from cluster.kvstore.store import Journal, JournalWrite, JournalWrites, Records, Store
 
 
 class Guard:
@@ -122,20 +122,20 @@ class GuardedStore:
         with self._guard.call():
             return await self._store.list_records(kind, known_version)
 
-    async def append_journal(self, key: str, entries: Sequence[bytes]) -> int:
-        """Append entries in order; return the journal's length after it. Renews its TTL."""
+    async def write_journals(self, writes: Sequence[JournalWrite]) -> JournalWrites:
+        """Append to journals, in order and in one round trip; renew the TTL of those written."""
         with self._guard.call():
-            return await self._store.append_journal(key, entries)
+            return await self._store.write_journals(writes)
 
-    async def read_journal(self, key: str, start: int = 0) -> list[bytes]:
-        """Return the entries from index `start` on; empty where there are none."""
+    async def read_journal(self, key: str) -> Journal | None:
+        """Return a journal of any scope; None where there is none."""
         with self._guard.call():
-            return await self._store.read_journal(key, start)
+            return await self._store.read_journal(key)
 
-    async def drop_journal(self, key: str) -> None:
-        """Delete a journal; absent already is fine."""
+    async def claim_journal(self, key: str, scope: str, owner: str) -> Journal | None:
+        """Make `owner` the one who writes, if there is a journal of this scope; renew its TTL."""
         with self._guard.call():
-            await self._store.drop_journal(key)
+            return await self._store.claim_journal(key, scope, owner)
 
     async def ping(self) -> None:
         """Return if the store answers."""

@@ -3,7 +3,8 @@
 They are sent with EVAL: the server compiles a text once and knows it again by its digest, while
 EVALSHA would need a second round trip after every restart or SCRIPT FLUSH. All keys of a call have
 one hash tag, so that a cluster runs them too. Numbers above 2**46 go through `%.0f`, because Lua
-would write them with 14 digits. Those of blocks are in redis_block_scripts.py.
+would write them with 14 digits. Those of journals are in redis_journal_scripts.py, those of blocks
+in redis_block_scripts.py.
 """
 
 from __future__ import annotations

@@ -3,13 +3,15 @@
     {ns}:v2:lease:KIND:KEY     string, PX    value of a lease
     {ns}:v2:leases:KIND        zset          keys of a kind by the time of their expiry
     {ns}:v2:records:KIND       hash          key -> value; '' -> version
+    {ns}:v2:journal:KEY        list, PX      scope, owner, live or ended, then the entries
+    {ns}:v2:journals:order     zset          keys of journals: who makes room first
+    {ns}:v2:journals:books     hash          key of a journal -> cost; '' -> their sum
     ns:v2:count:KEY            string, PX    a counter
-    ns:v2:journal:KEY          list, PX      entries
 
-`ns` is the namespace, and braces are a cluster's hash tags: leases and records are few and lie on
-one node, counters and journals on all. Every operation is one round trip with one deadline. Nothing
-is retried: an addition that is sent twice would be there twice, and every caller can do without the
-store.
+`ns` is the namespace, and braces are a cluster's hash tags: leases and records are few, journals
+have exact books together, so they lie on one node; counters lie on all. Every operation is one
+round trip with one deadline. Nothing is retried: an addition that is sent twice would be there
+twice, and every caller can do without the store.
 """
 
 from __future__ import annotations
@@ -22,6 +24,11 @@ from cluster.clock import WallClock
 from cluster.config import StoreConfig
 from cluster.errors import OverloadedError
 from cluster.kvstore.redis_connection import Command
+from cluster.kvstore.redis_journal_scripts import (
+    CLAIM_JOURNAL,
+    MAX_SCRIPT_WRITES,
+    WRITE_JOURNALS,
+)
 from cluster.kvstore.redis_link import Batch, RedisLink
 from cluster.kvstore.redis_scripts import (
     COUNT,
@@ -32,7 +39,17 @@ from cluster.kvstore.redis_scripts import (
     PUT_RECORD,
 )
 from cluster.kvstore.redis_url import parse_redis_url
-from cluster.kvstore.store import MAX_COUNT, MAX_RECORDS, Records, check_record, too_many_records
+from cluster.kvstore.store import (
+    MAX_COUNT,
+    MAX_RECORDS,
+    Journal,
+    JournalOutcome,
+    JournalWrite,
+    JournalWrites,
+    Records,
+    check_record,
+    too_many_records,
+)
 
 
 class RedisStore:
@@ -109,28 +126,35 @@ class RedisStore:
         values.pop("", None)
         return Records(version.decode(), values)
 
-    async def append_journal(self, key: str, entries: Sequence[bytes]) -> int:
-        """Append entries in order; return the journal's length after it. Renews its TTL."""
-        name = self._journal(key)
-        appends: list[Command] = [("RPUSH", name, *entries)] if entries else []
-        ttl_ms = _ms(self._config.journal_ttl_s)
-        commands = [*appends, ("LLEN", name), ("PEXPIRE", name, ttl_ms)]
-        batch = Batch(name.encode(), commands, is_atomic=True)
-        ((*_, length, _),) = await self._link.run("append_journal", batch)
-        return int(length)
+    async def write_journals(self, writes: Sequence[JournalWrite]) -> JournalWrites:
+        """Append to journals, in order and in one round trip; renew the TTL of those written."""
+        pieces = [
+            writes[start : start + MAX_SCRIPT_WRITES]
+            for start in range(0, len(writes), MAX_SCRIPT_WRITES)
+        ]
+        commands = [
+            self._journal_script(
+                WRITE_JOURNALS, *(item for write in piece for item in _flat(write))
+            )
+            for piece in pieces
+        ]
+        replies = await self._run("write_journals", *commands) if commands else []
+        return JournalWrites(
+            [JournalOutcome(name.decode()) for _, _, *names in replies for name in names],
+            num_dropped_finished=sum(reply[0] for reply in replies),
+            num_dropped_live=sum(reply[1] for reply in replies),
+        )
 
-    async def read_journal(self, key: str, start: int = 0) -> list[bytes]:
-        """Return the entries from index `start` (>= 0) on; empty where there are none."""
-        assert start >= 0, f"{start=}"
-        name = self._journal(key)
-        batch = Batch(name.encode(), [("LRANGE", name, start, -1)])
-        ((entries,),) = await self._link.run("read_journal", batch)
-        return [bytes(entry) for entry in entries]
+    async def read_journal(self, key: str) -> Journal | None:
+        """Return a journal of any scope; None where there is none."""
+        (items,) = await self._run("read_journal", ("LRANGE", self._journal(key), 0, -1))
+        return _journal_of(items)
 
-    async def drop_journal(self, key: str) -> None:
-        """Delete a journal; absent already is fine."""
-        name = self._journal(key)
-        await self._link.run("drop_journal", Batch(name.encode(), [("UNLINK", name)]))
+    async def claim_journal(self, key: str, scope: str, owner: str) -> Journal | None:
+        """Make `owner` the one who writes, if there is a journal of this scope; renew its TTL."""
+        command = self._journal_script(CLAIM_JOURNAL, key, scope, owner)
+        (items,) = await self._run("claim_journal", command)
+        return _journal_of(items)
 
     async def ping(self) -> None:
         """Return if the server answers."""
@@ -155,7 +179,26 @@ class RedisStore:
         return f"{self._prefix}records:{kind}"
 
     def _journal(self, key: str) -> str:
-        return f"{self._config.namespace}:v2:journal:{key}"
+        return f"{self._prefix}journal:{key}"
+
+    def _journal_script(self, text: str, *arguments: Any) -> Command:
+        keys = (f"{self._prefix}journals:order", f"{self._prefix}journals:books")
+        limits = (_ms(self._config.journal_ttl_s), self._config.journal_bytes)
+        return ("EVAL", text, len(keys), *keys, self._journal(""), *limits, *arguments)
+
+
+def _flat(write: JournalWrite) -> tuple[str | int | bytes, ...]:
+    """Return a write as the script takes it."""
+    assert write.key, "the empty key is that of the sums"
+    who = (write.key, write.scope, write.owner)
+    return (*who, int(write.begins), int(write.ends), len(write.entries), *write.entries)
+
+
+def _journal_of(items: list[bytes | bytearray]) -> Journal | None:
+    if len(items) < 3:
+        return None
+    scope, owner, state, *entries = map(bytes, items)
+    return Journal(scope.decode(), owner.decode(), entries, is_ended=state == b"ended")
 
 
 def _pairs(flat: list[bytes | bytearray]) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ Four things with four lifetimes:
 
     leases     who is there             seconds; renewed by the owner, gone when it is silent
     counters   how much there was       minutes; from the first addition, not renewed
-    journals   tokens of a request      minutes; append and read from a position
+    journals   tokens of a request      minutes; appended to by one owner, within a byte budget
     records    what an operator wants   until they are dropped (registered prefixes)
 
 KV blocks are in a `BlockStore` (block_store.py). Every call has a deadline
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from cluster.errors import InvalidArgumentError
@@ -31,6 +32,47 @@ class Records:
 
     version: str  # another one after each change, also after a restart or flush; "" where none was
     values: dict[str, bytes] | None  # by key, ordered; None: as they were at the known version
+
+
+@dataclass(frozen=True, slots=True)
+class JournalWrite:
+    """Entries to append to a journal, by who owns it."""
+
+    key: str  # of the journal, not empty: the request's id
+    scope: str  # whose it is: the tenant
+    owner: str  # who writes; another one may claim it
+    entries: tuple[bytes, ...]  # in order
+    begins: bool = False  # makes it anew, whatever was there of the same scope
+    ends: bool = False  # nothing follows: it is among the first to make room
+
+
+class JournalOutcome(StrEnum):
+    """How one write ended; nothing was changed unless it is `WRITTEN`."""
+
+    WRITTEN = "written"
+    LOST = "lost"  # another owner has claimed it, or begun it anew
+    GONE = "gone"  # there is none: it has expired, made room, or never begun
+    FOREIGN = "foreign"  # there is one of another scope
+    FULL = "full"  # it alone would exceed the budget of all journals
+
+
+@dataclass(frozen=True, slots=True)
+class JournalWrites:
+    """How the writes of one call ended."""
+
+    outcomes: list[JournalOutcome]  # one per write, in order
+    num_dropped_finished: int = 0  # journals that had ended and made room
+    num_dropped_live: int = 0  # others that did: their requests cannot be resumed any more
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """A journal as it was read."""
+
+    scope: str
+    owner: str
+    entries: list[bytes]  # the reader's own
+    is_ended: bool
 
 
 class Store(Protocol):
@@ -92,16 +134,29 @@ class Store(Protocol):
         """
         ...
 
-    async def append_journal(self, key: str, entries: Sequence[bytes]) -> int:
-        """Append entries in order; return the journal's length after it. Renews its TTL."""
+    async def write_journals(self, writes: Sequence[JournalWrite]) -> JournalWrites:
+        """Append to journals, in order and in one round trip; renew the TTL of those written.
+
+        Where there is no room (`StoreConfig.journal_bytes`) other journals are dropped: those that
+        have ended, the one touched longest ago first, then the others likewise. A write and a
+        claim touch a journal. Each write happens as a whole or not at all, the call need not.
+
+        Raises:
+            UnavailableError: Also where a part of the writes, or all of them, may have happened.
+        """
         ...
 
-    async def read_journal(self, key: str, start: int = 0) -> list[bytes]:
-        """Return the entries from index `start` on; empty where there are none."""
+    async def read_journal(self, key: str) -> Journal | None:
+        """Return a journal of any scope; None where there is none."""
         ...
 
-    async def drop_journal(self, key: str) -> None:
-        """Delete a journal; absent already is fine."""
+    async def claim_journal(self, key: str, scope: str, owner: str) -> Journal | None:
+        """Make `owner` the one who writes, if there is a journal of this scope; renew its TTL.
+
+        Returns:
+            What is there, with its owner as it is now; None where there is none. One of another
+            scope is returned unchanged: the caller compares.
+        """
         ...
 
     async def ping(self) -> None:

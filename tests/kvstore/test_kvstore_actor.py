@@ -12,14 +12,16 @@ import pytest
 from kvstore_kinds import fresh_keys, fresh_namespace, plain, wait_for_store
 
 from cluster.config import StoreConfig
-from cluster.errors import OverloadedError, UnavailableError
-from cluster.kvstore.embedded import MAX_JOURNAL_BYTES
+from cluster.errors import InvalidArgumentError, UnavailableError
 from cluster.kvstore.embedded_actor import (
     EmbeddedStoreClient,
     delete_actor,
     get_or_create_actor,
 )
 from cluster.kvstore.open import open_block_store, open_store
+from cluster.kvstore.store import MAX_RECORD_BYTES, Journal, JournalOutcome, JournalWrite
+
+BEGIN = JournalWrite("r", "team", "A", (b"entry",), begins=True)
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
@@ -56,7 +58,7 @@ async def _pid(store: EmbeddedStoreClient) -> int:
 
 async def test_actor_that_is_silent_costs_one_deadline(config: StoreConfig) -> None:
     store = await _open(config)
-    await store.append_journal("r", [b"entry"])
+    await store.write_journals([BEGIN])
     pid = await _pid(store)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -66,18 +68,18 @@ async def test_actor_that_is_silent_costs_one_deadline(config: StoreConfig) -> N
         assert 0.9 < time.monotonic() - start_s < 3.0
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert await store.read_journal("r") == [b"entry"]
+    assert await store.read_journal("r") == Journal("team", "A", [b"entry"], is_ended=False)
 
 
 async def test_actor_killed_is_unavailable_and_comes_back_empty(config: StoreConfig) -> None:
     store = await _open(config)
-    await store.append_journal("r", [b"entry"])
+    await store.write_journals([BEGIN])
     os.kill(await _pid(store), signal.SIGKILL)
     with pytest.raises(UnavailableError):
         await store.read_journal("r")
     await wait_for_store(store, 30.0)
-    assert await store.read_journal("r") == []
-    assert await store.append_journal("r", [b"again"]) == 1
+    assert await store.read_journal("r") is None
+    assert (await store.write_journals([BEGIN])).outcomes == [JournalOutcome.WRITTEN]
 
 
 async def test_actor_deleted_is_gone_and_may_be_deleted_again(config: StoreConfig) -> None:
@@ -90,12 +92,10 @@ async def test_actor_deleted_is_gone_and_may_be_deleted_again(config: StoreConfi
         with pytest.raises(UnavailableError):
             await store.ping()
     delete_actor(config.namespace)
-    assert await (await _open(config)).read_journal("r") == []
+    assert await (await _open(config)).read_journal("r") is None
 
 
 async def test_actor_refusal_keeps_its_type(config: StoreConfig) -> None:
-    await _open(config)
-    store = EmbeddedStoreClient(get_or_create_actor(config), 30.0)  # 64 MiB take their time
-    half = bytes(MAX_JOURNAL_BYTES // 2)
-    with pytest.raises(OverloadedError, match="journal r"):
-        await store.append_journal("r", [half, half])
+    store = await _open(config)
+    with pytest.raises(InvalidArgumentError, match="record prefix/a has 1048577 bytes"):
+        await store.put_record("prefix", "a", bytes(MAX_RECORD_BYTES + 1))

@@ -175,52 +175,11 @@ async def test_record_beyond_the_limits_is_refused(kind: Kind) -> None:
     assert len(values) == MAX_RECORDS
 
 
-async def test_journal_is_read_from_any_index(kind: Kind) -> None:
-    store = await kind.open()
-    assert await store.append_journal("request", [b"one", b"", b"\x00"]) == 3
-    assert await store.append_journal("request", []) == 3
-    assert await store.append_journal("request", [b"four"]) == 4
-    assert await store.append_journal("other", []) == 0
-    assert await store.read_journal("request") == [b"one", b"", b"\x00", b"four"]
-    assert await store.read_journal("request", 2) == [b"\x00", b"four"]
-    assert await store.read_journal("request", 4) == []
-    assert await store.read_journal("other") == []
-    await store.drop_journal("request")
-    await store.drop_journal("request")
-    assert await store.read_journal("request") == []
-    assert await store.append_journal("request", [b"again"]) == 1
-
-
-async def test_journal_ends_a_ttl_after_its_last_append(kind: Kind) -> None:
-    store = await kind.open(journal_ttl_s=TTL_S)
-    await store.append_journal("silent", [b"a"])
-    await store.append_journal("renewed", [b"a"])
-    await kind.elapse(0.6 * TTL_S)
-    await store.append_journal("renewed", [b"b"])
-    await kind.elapse(0.6 * TTL_S)
-    assert await store.read_journal("silent") == []
-    assert await store.read_journal("renewed") == [b"a", b"b"]
-    await kind.elapse(0.6 * TTL_S)
-    assert await store.append_journal("renewed", [b"c"]) == 1
-
-
-async def test_journal_appends_of_many_writers_are_all_there(kind: Kind) -> None:
-    store = await kind.open()
-    entries = [f"{i}".encode() for i in range(60)]
-    lengths = await asyncio.gather(*(store.append_journal("r", [e, e]) for e in entries))
-    assert sorted(lengths) == list(range(2, 121, 2))
-    read = await store.read_journal("r")
-    assert read[::2] == read[1::2]
-    assert sorted(read[::2]) == sorted(entries)
-
-
 async def test_namespaces_do_not_see_each_other(kind: Kind) -> None:
     left, right = await kind.open(), await kind.open()
     await left.put_lease("replica", "a", b"", 30.0)
     await left.put_record("prefix", "a", b"left")
-    await left.append_journal("r", [b"left"])
     await left.count("a", 1, 30.0)
     assert await right.count("a", 0, 30.0) == 0
     assert await right.list_leases("replica") == {}
     assert (await right.list_records("prefix")).values == {}
-    assert await right.read_journal("r") == []

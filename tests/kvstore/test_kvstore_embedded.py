@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -10,17 +9,34 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from plain_journals import PlainJournals
 
 from cluster.clock import VirtualClock
 from cluster.config import StoreConfig
 from cluster.errors import OverloadedError
 from cluster.kvstore.embedded import MAX_COUNTERS, EmbeddedStore
+from cluster.kvstore.store import JournalOutcome, JournalWrite, JournalWrites
 
 T = TypeVar("T")
 
 JOURNAL_TTL_S = 20.0
+JOURNAL_BUDGET_BYTES = 2**16
 
 names = st.sampled_from("ab")
+journal_keys = st.sampled_from("uvwxyz")
+journal_writes = st.builds(
+    JournalWrite,
+    key=journal_keys,
+    scope=st.sampled_from("aaab"),
+    owner=names,
+    entries=st.lists(st.sampled_from([0, 9_000, 20_000, 64_000]).map(bytes), max_size=2).map(tuple),
+    begins=st.booleans(),
+    ends=st.sampled_from([False, False, True]),
+)
+
+
+BEGIN = JournalWrite("r", "team", "A", (b"a",), begins=True)
+LARGE = JournalWrite("large", "team", "A", (bytes(60_000),), begins=True)
 
 
 def run(call: Coroutine[Any, Any, T]) -> T:
@@ -38,13 +54,13 @@ class StoreModel(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.clock = VirtualClock()
-        config = StoreConfig.model_validate({"journal_ttl_s": JOURNAL_TTL_S})
-        self.store = EmbeddedStore(config, self.clock, max_journal_bytes=1000)
+        config = StoreConfig(journal_ttl_s=JOURNAL_TTL_S, journal_bytes=JOURNAL_BUDGET_BYTES)
+        self.store = EmbeddedStore(config, self.clock)
         self.leases: dict[tuple[str, str], tuple[bytes, float]] = {}
         self.counters: dict[str, tuple[int, float]] = {}
         self.records: dict[tuple[str, str], bytes] = {}
         self.copies: dict[str, tuple[str, dict[str, bytes] | None]] = {}
-        self.journals: list[tuple[str, list[bytes], float]] = []  # oldest append first
+        self.journals = PlainJournals(JOURNAL_BUDGET_BYTES, JOURNAL_TTL_S)
 
     @rule(delta_s=st.sampled_from([0.5, 5.0, 10.0, 20.0]))
     def pass_time(self, delta_s: float) -> None:
@@ -106,34 +122,20 @@ class StoreModel(RuleBasedStateMachine):
             assert records.values == expected
         self.copies[kind] = (records.version, expected)
 
-    def _journal(self, key: str) -> list[bytes]:
-        for name, entries, end_s in self.journals:
-            if name == key and end_s > self.clock.now():
-                return entries
-        return []
+    @rule(writes=st.lists(journal_writes, min_size=1, max_size=4))
+    def write_journals(self, writes: list[JournalWrite]) -> None:
+        expected = self.journals.write(writes, self.clock.now())
+        assert run(self.store.write_journals(writes)) == expected
 
-    @rule(key=names, entries=st.lists(st.binary(max_size=300), max_size=3))
-    def append_journal(self, key: str, entries: list[bytes]) -> None:
-        after = self._journal(key) + entries
-        if _journal_bytes(after) > 1000:
-            with pytest.raises(OverloadedError):
-                run(self.store.append_journal(key, entries))
-            return
-        assert run(self.store.append_journal(key, entries)) == len(after)
-        others = [journal for journal in self.journals if journal[0] != key]
-        end_s = self.clock.now() + JOURNAL_TTL_S
-        self.journals = [*others, (key, after, end_s)] if after else others
-        while sum(_journal_bytes(kept) for _, kept, _ in self.journals) > 1000:
-            self.journals.pop(0)
+    @rule(key=journal_keys)
+    def read_journal(self, key: str) -> None:
+        expected = self.journals.read(key, self.clock.now())
+        assert run(self.store.read_journal(key)) == expected
 
-    @rule(key=names, start=st.integers(0, 5))
-    def read_journal(self, key: str, start: int) -> None:
-        assert run(self.store.read_journal(key, start)) == self._journal(key)[start:]
-
-    @rule(key=names)
-    def drop_journal(self, key: str) -> None:
-        run(self.store.drop_journal(key))
-        self.journals = [journal for journal in self.journals if journal[0] != key]
+    @rule(key=journal_keys, scope=names, owner=names)
+    def claim_journal(self, key: str, scope: str, owner: str) -> None:
+        expected = self.journals.claim(key, scope, owner, self.clock.now())
+        assert run(self.store.claim_journal(key, scope, owner)) == expected
 
     @invariant()
     def counters_are_right(self) -> None:
@@ -141,26 +143,24 @@ class StoreModel(RuleBasedStateMachine):
             self.store.check_invariants()
 
 
-def _journal_bytes(entries: list[bytes]) -> int:
-    return sum(len(entry) + 64 for entry in entries)
-
-
 TestStoreModel = StoreModel.TestCase
 TestStoreModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_embedded_read_journal_is_not_changed_by_later_appends() -> None:
-    store = EmbeddedStore(StoreConfig.model_validate({}), VirtualClock())
-
-    async def check() -> None:
-        await store.append_journal("r", [b"a"])
-        read = await store.read_journal("r")
-        read.append(b"mine")
-        await store.append_journal("r", [b"b"])
-        assert await store.read_journal("r") == [b"a", b"b"]
-        assert read == [b"a", b"mine"]
-
-    asyncio.run(check())
+def test_embedded_journal_that_was_read_is_the_readers_own() -> None:
+    store = EmbeddedStore(StoreConfig(), VirtualClock())
+    run(store.write_journals([BEGIN]))
+    for journal in (
+        run(store.read_journal("r")),
+        run(store.claim_journal("r", "team", "A")),
+    ):
+        assert journal is not None
+        journal.entries.append(b"mine")
+    run(store.write_journals([JournalWrite("r", "team", "A", (b"b",))]))
+    assert journal.entries == [b"a", b"mine"]
+    again = run(store.read_journal("r"))
+    assert again is not None
+    assert again.entries == [b"a", b"b"]
 
 
 def test_embedded_ttl_ends_at_its_very_moment() -> None:
@@ -168,25 +168,42 @@ def test_embedded_ttl_ends_at_its_very_moment() -> None:
     config = StoreConfig.model_validate({"journal_ttl_s": 8.0})
     store = EmbeddedStore(config, clock)
     run(store.put_lease("replica", "a", b"", 8.0))
-    run(store.append_journal("r", [b"entry"]))
+    run(store.write_journals([BEGIN]))
     run(store.count("longer", 1, 80.0))
     run(store.count("a", 5, 8.0))
     clock.advance(7.75)
     assert run(store.count("a", 0, 8.0)) == 5
     assert run(store.list_leases("replica")) == {"a": b""}
-    assert run(store.read_journal("r")) == [b"entry"]
+    assert run(store.read_journal("r")) is not None
     clock.advance(0.25)
     assert run(store.count("a", 0, 8.0)) == 0
     assert run(store.list_leases("replica")) == {}
-    assert run(store.read_journal("r")) == []
+    assert run(store.read_journal("r")) is None
 
 
-def test_embedded_journal_that_was_silent_longest_makes_room() -> None:
-    store = EmbeddedStore(StoreConfig.model_validate({}), VirtualClock(), max_journal_bytes=1000)
-    entry = [bytes(300 - 64)]
-    for key in ("a", "b", "c", "a", "d"):  # the last two are 1,200 bytes and more with b and c
-        run(store.append_journal(key, entry if key != "a" else [bytes(100)]))
-    assert [len(run(store.read_journal(key))) for key in "abcd"] == [2, 0, 1, 1]
+def _begin_many(store: EmbeddedStore, num_journals: int) -> None:
+    names = map(str, range(num_journals))
+    run(store.write_journals([JournalWrite(name, "team", "A", (), begins=True) for name in names]))
+
+
+def test_embedded_journals_that_expired_go_before_one_that_has_ended() -> None:
+    clock = VirtualClock()
+    store = EmbeddedStore(StoreConfig(journal_ttl_s=8.0, journal_bytes=2**16), clock)
+    _begin_many(store, 60)
+    clock.advance(4.0)
+    run(store.write_journals([BEGIN, JournalWrite("r", "team", "A", (), ends=True)]))
+    clock.advance(4.0)
+    assert run(store.write_journals([LARGE])) == JournalWrites([JournalOutcome.WRITTEN], 0, 0)
+    assert run(store.read_journal("r")) is not None
+    store.check_invariants()
+
+
+def test_embedded_journals_that_expired_are_not_counted_as_dropped() -> None:
+    clock = VirtualClock()
+    store = EmbeddedStore(StoreConfig(journal_ttl_s=8.0, journal_bytes=2**16), clock)
+    _begin_many(store, 100)  # more than one write sweeps
+    clock.advance(8.0)
+    assert run(store.write_journals([LARGE])) == JournalWrites([JournalOutcome.WRITTEN], 0, 0)
     store.check_invariants()
 
 

@@ -14,7 +14,13 @@ from cluster.kvstore.breaker import BreakerState
 from cluster.kvstore.embedded import EmbeddedStore
 from cluster.kvstore.embedded_blocks import EmbeddedBlocks
 from cluster.kvstore.guarded import Guard, GuardedBlocks, GuardedStore
-from cluster.kvstore.store import MAX_RECORD_BYTES, Store
+from cluster.kvstore.store import (
+    MAX_RECORD_BYTES,
+    Journal,
+    JournalOutcome,
+    JournalWrite,
+    Store,
+)
 
 
 class ShakyStore(EmbeddedStore):
@@ -133,6 +139,15 @@ async def test_guard_passes_all_arguments_of_counters() -> None:
     assert await guard.count("a", 2, 30.0, at_most=2) == 2
     assert await guard.count("a", 1, 30.0, at_most=2) == 3
     assert await store.count("a", 0, 30.0) == 2
+
+
+async def test_guard_passes_all_arguments_of_journals() -> None:
+    store, guard = guarded(VirtualClock())
+    writes = [JournalWrite("r", "team", "A", (b"entry",), begins=True)]
+    assert (await guard.write_journals(writes)).outcomes == [JournalOutcome.WRITTEN]
+    claimed = await guard.claim_journal("r", "team", "B")
+    assert claimed == Journal("team", "B", [b"entry"], is_ended=False)
+    assert await guard.read_journal("r") == await store.read_journal("r") == claimed
 
 
 async def test_guard_passes_all_arguments_of_blocks() -> None:

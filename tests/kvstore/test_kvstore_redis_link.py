@@ -23,6 +23,7 @@ from cluster.kvstore.redis_connection import RedisConnection
 from cluster.kvstore.redis_link import Batch, RedisLink
 from cluster.kvstore.redis_store import RedisStore
 from cluster.kvstore.redis_url import parse_redis_url
+from cluster.kvstore.store import JournalWrite
 
 pytestmark = pytest.mark.integration
 
@@ -54,7 +55,7 @@ async def test_redis_that_accepts_and_never_answers_costs_one_deadline(scheme: s
         store, blocks = RedisStore(config), RedisBlocks(config)
         calls = (
             lambda: store.put_lease("k", "a", b"", 1.0),
-            lambda: store.append_journal("r", [b""]),
+            lambda: store.write_journals([JournalWrite("r", "team", "A", (b"",))]),
             lambda: store.list_records("k"),
             lambda: blocks.put_blocks({KEY: b""}),
             lambda: blocks.get_blocks([KEY, OTHER]),
@@ -221,8 +222,9 @@ async def test_redis_every_call_is_one_write(
         lambda: store.put_lease("replica", "a", b"", 1.0),
         lambda: store.drop_lease("replica", "a"),
         lambda: store.list_leases("replica"),
-        lambda: store.append_journal("r", [b"entry"]),
+        lambda: store.write_journals([JournalWrite("r", "team", "A", (b"x",), begins=True)] * 200),
         lambda: store.read_journal("r"),
+        lambda: store.claim_journal("r", "team", "B"),
         lambda: store.put_record("prefix", "a", b""),
         lambda: store.list_records("prefix"),
     )

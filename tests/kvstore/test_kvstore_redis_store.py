@@ -1,4 +1,4 @@
-"""What is Redis' own of leases, journals and records: keys, lifetimes, losses."""
+"""What is Redis' own of leases, counters and records: keys, lifetimes, losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from redis_server import RedisServer
 from redis_topologies import client_of
 
 from cluster.config import StoreConfig
-from cluster.errors import UnavailableError
 from cluster.kvstore.redis_store import RedisStore
 
 pytestmark = pytest.mark.integration
@@ -31,23 +30,14 @@ def raw(redis_server: RedisServer) -> redis_client.Redis:
     return client_of(redis_server)
 
 
-async def test_redis_value_of_another_type_is_unavailable(
-    store: RedisStore, raw: redis_client.Redis
-) -> None:
-    raw.set(f"{store._config.namespace}:v2:journal:r", b"no list")
-    with pytest.raises(UnavailableError, match="append_journal"):
-        await store.append_journal("r", [b"entry"])
-
-
-async def test_redis_leases_counters_and_journals_do_not_last_for_ever(
+async def test_redis_leases_and_counters_do_not_last_for_ever(
     store: RedisStore, raw: redis_client.Redis
 ) -> None:
     await store.put_lease("replica", "a", b"", 30.0)
-    await store.append_journal("r", [b"entry"])
     await store.count("c", 1, 30.0)
     await store.count("read", 0, 30.0)
     names = raw.keys(f"*{store._config.namespace}*")
-    assert len(names) == 4
+    assert len(names) == 3
     assert all(raw.pttl(name) > 0 for name in names)
 
 

@@ -24,9 +24,11 @@ from cluster.kvstore.redis_blocks import RedisBlocks
 from cluster.kvstore.redis_link import Batch, RedisLink
 from cluster.kvstore.redis_store import RedisStore
 from cluster.kvstore.redis_url import parse_redis_url
+from cluster.kvstore.store import Journal, JournalOutcome, JournalWrite
 
 pytestmark = pytest.mark.integration
 
+BEGIN = JournalWrite("r", "team", "A", (b"entry",), begins=True)
 KEYS = fresh_keys(64)
 BLOCKS = {key: key * 3000 for key in KEYS}
 
@@ -41,7 +43,8 @@ async def works(url: str) -> None:
     store, blocks = RedisStore(config_of(url)), RedisBlocks(config_of(url))
     await store.put_lease("replica", "a", b"value", 30.0)
     assert await store.list_leases("replica") == {"a": b"value"}
-    assert await store.append_journal("r", [b"entry"]) == 1
+    assert (await store.write_journals([BEGIN])).outcomes == [JournalOutcome.WRITTEN]
+    assert await store.read_journal("r") == Journal("team", "A", [b"entry"], is_ended=False)
     await store.put_record("prefix", "a", b"")
     assert await blocks.put_blocks(BLOCKS) == [True] * len(BLOCKS)
     assert plain(await blocks.get_blocks(KEYS)) == list(BLOCKS.values())
@@ -74,7 +77,8 @@ async def test_redis_of_an_acl_user_works_with_the_rights_that_are_documented() 
         await blocks.close()
         store = RedisStore(config)
         await store.put_lease("replica", "a", b"", 30.0)
-        assert await store.append_journal("r", [b"entry"]) == 1
+        assert (await store.write_journals([BEGIN])).outcomes == [JournalOutcome.WRITTEN]
+        assert await store.claim_journal("r", "team", "B") is not None
         await store.close()
         other = RedisStore(config_of(url))
         with pytest.raises(UnavailableError) as caught:
