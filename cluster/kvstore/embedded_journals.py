@@ -91,10 +91,12 @@ class EmbeddedJournals:
         assert write.key, "a journal has a key"
         self._sweep()
         known = self._find(write.key)
-        refusal = _refusal(write, known)
+        is_repeated = bool(known and known.entries[:1] == list(write.entries[:1]) != [])
+        begins = write.begins and not is_repeated
+        refusal = _refusal(write, known, begins=begins)
         if refusal is not None:
             return refusal
-        kept = _Kept(write.scope, write.owner) if write.begins or known is None else known
+        kept = _Kept(write.scope, write.owner) if begins or known is None else known
         cost_bytes = kept.cost_bytes + entries_cost(write.entries)
         if cost_bytes > self._max_bytes:
             return JournalOutcome.FULL
@@ -141,11 +143,11 @@ class EmbeddedJournals:
                 self._forget(key)
 
 
-def _refusal(write: JournalWrite, known: _Kept | None) -> JournalOutcome | None:
+def _refusal(write: JournalWrite, known: _Kept | None, *, begins: bool) -> JournalOutcome | None:
     """Return why a write may not happen, whatever its size; None where it may."""
     if known is not None and known.scope != write.scope:
         return JournalOutcome.FOREIGN
-    if write.begins:
+    if begins:
         return None
     if known is None:
         return JournalOutcome.GONE

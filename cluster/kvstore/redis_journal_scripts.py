@@ -133,6 +133,9 @@ end
 local function write(key, scope, owner, begins, ends, first, last)
   local known_scope, known_owner, state = find(key)
   if known_scope and known_scope ~= scope then return 'foreign' end
+  if begins and known_scope and last >= first then  -- maybe a second time
+    begins = redis.call('LINDEX', prefix .. key, 3) ~= ARGV[first]
+  end
   if not begins and not known_scope then return 'gone' end
   if not begins and known_owner ~= owner then return 'lost' end
 """

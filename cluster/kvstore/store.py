@@ -42,7 +42,9 @@ class JournalWrite:
     scope: str  # whose it is: the tenant
     owner: str  # who writes; another one may claim it
     entries: tuple[bytes, ...]  # in order
-    begins: bool = False  # makes it anew, whatever was there of the same scope
+    # Makes it anew, whatever was there of the same scope. The same entry a second time, because the
+    # answer to the first was lost, makes nothing anew: somebody may have claimed it meanwhile.
+    begins: bool = False
     ends: bool = False  # nothing follows: it is among the first to make room
 
 

@@ -71,12 +71,15 @@ class PlainJournals:
         known = self._find(write.key, now_s)
         if known and known.scope != write.scope:
             return JournalOutcome.FOREIGN
-        if not known and not write.begins:
+        first = list(write.entries[:1])
+        is_repeated = known is not None and first and known.entries[:1] == first
+        begins = write.begins and not is_repeated
+        if not known and not begins:
             return JournalOutcome.GONE
-        if known and not write.begins and known.owner != write.owner:
+        if known and not begins and known.owner != write.owner:
             return JournalOutcome.LOST
-        before = [] if write.begins or not known else known.entries
-        is_ended = write.ends or (not write.begins and known is not None and known.is_ended)
+        before = [] if begins or not known else known.entries
+        is_ended = write.ends or (not begins and known is not None and known.is_ended)
         after = [*before, *write.entries]
         row = Row(write.key, write.scope, write.owner, after, is_ended, 0.0)
         if row.cost_bytes > self.max_bytes:

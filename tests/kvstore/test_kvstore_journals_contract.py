@@ -74,6 +74,17 @@ async def test_journal_begun_again_is_a_new_one(kind: Kind) -> None:
     assert await store.read_journal("r") == Journal("team", "C", [b"all"], is_ended=True)
 
 
+async def test_journal_whose_begin_is_repeated_is_not_made_anew(kind: Kind) -> None:
+    store = await kind.open()
+    first = begin("r", b"header")
+    assert await outcomes(store, first, append("r", b"one"), first) == [WRITTEN] * 3
+    entries = [b"header", b"one", b"header"]
+    assert await store.read_journal("r") == Journal("team", "A", entries, is_ended=False)
+    await store.claim_journal("r", "team", "B")
+    assert await outcomes(store, first) == [LOST]
+    assert await store.read_journal("r") == Journal("team", "B", entries, is_ended=False)
+
+
 async def test_journal_of_nobody_is_gone(kind: Kind) -> None:
     store = await kind.open()
     assert await outcomes(store, append("r", b"entry"), end("r")) == [GONE, GONE]
@@ -199,11 +210,13 @@ async def test_journal_never_makes_room_for_itself(kind: Kind) -> None:
     # The only one that has ended is the one that is written to.
     assert await store.write_journals([append("a", QUARTER)]) == JournalWrites([WRITTEN], 0, 1)
     assert await there(store, "abcd") == "acd"
-    three = begin("a", QUARTER, QUARTER, QUARTER)
+    three = begin("a", QUARTER[1:], QUARTER, QUARTER)
     assert await store.write_journals([three]) == JournalWrites([WRITTEN], 0, 1)
     assert await there(store, "abcd") == "ad"
     assert await store.write_journals([append("a", QUARTER)]) == JournalWrites([WRITTEN], 0, 1)
-    assert await store.read_journal("a") == Journal("team", "A", [QUARTER] * 4, is_ended=False)
+    assert await store.read_journal("a") == Journal(
+        "team", "A", [QUARTER[1:], *[QUARTER] * 3], is_ended=False
+    )
 
 
 async def test_journal_beyond_the_whole_budget_changes_nothing(kind: Kind) -> None:
