@@ -3,36 +3,30 @@
     with Client("127.0.0.1:9000") as client:
         print(client.generate("def main():", sampling={"max_tokens": 32}).text)
 
-Both raise the errors of `cluster/errors.py`. A request that has failed is not sent again: it may
-have run.
+Both raise the errors of `cluster/errors.py`. A stream that is cut off goes on by itself, at the
+next gateway where several are known, and its caller sees the exact stream; `resume_timeout_s=0`
+turns that off. What changes something and may have been done is not asked again.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, closing
 from types import TracebackType
-from typing import Any, Self, TypedDict, Unpack
-
-import grpc
+from typing import Self, Unpack
 
 from cluster.rpc import queries
-from cluster.rpc.connection import (
-    CHANNEL_OPTIONS,
-    FilePath,
-    Metadata,
-    Stub,
-    Tls,
-    channel_credentials,
-    key_metadata,
-    our_errors,
-)
-from cluster.rpc.event_stream import EventStream
+from cluster.rpc.aio_gateways import AioGateways
+from cluster.rpc.completion import CompletionParts
+from cluster.rpc.connection import FilePath, Metadata, Tls, access_of
+from cluster.rpc.gateways import Gateways
 from cluster.rpc.public import (
     ClusterState,
     Completion,
     Event,
     Finished,
     ReplicaState,
+    Resumed,
     Running,
     ScoredToken,
     ServedModel,
@@ -49,15 +43,15 @@ from cluster.rpc.public_cache import (
     ReplicaCache,
     StoreBooks,
 )
-from cluster.rpc.public_route import (
-    ClassName,
-    Explanation,
-    Queued,
-    RouteCandidate,
+from cluster.rpc.public_route import Explanation, Queued, RouteCandidate
+from cluster.rpc.queries import GENERATE_TIMEOUT_S
+from cluster.rpc.stream_query import (
+    RequestOptions,
+    ResumeOptions,
+    begin_stream,
+    resume_stream,
 )
-from cluster.rpc.queries import GENERATE_TIMEOUT_S, Answer, Query
-from cluster.rpc.sluice.v1 import inference_pb2
-from cluster.types import CacheLoad, SamplingParams
+from cluster.types import CacheLoad
 
 __all__ = [
     "AsyncClient",
@@ -77,6 +71,8 @@ __all__ = [
     "ReplicaCache",
     "ReplicaState",
     "RequestOptions",
+    "ResumeOptions",
+    "Resumed",
     "RouteCandidate",
     "Running",
     "ScoredToken",
@@ -88,55 +84,33 @@ __all__ = [
     "Usage",
 ]
 
-Sampling = SamplingParams | Mapping[str, Any] | None
-
-
-class RequestOptions(TypedDict, total=False):
-    """What may be said of a request beside its prompt."""
-
-    model: str  # name; empty is the only one served
-    sampling: Sampling  # all parameters, or some of them by name
-    timeout_s: float  # deadline of all of it, seconds
-    request_id: str  # empty lets the gateway choose
-    prefix: str  # name of a registered prefix that comes before the prompt
-    service_class: ClassName | None  # interactive, standard or batch: whose objective it gets
-    ttft_s: float | None  # an objective of its own, in place of a class: seconds to the first token
-    tpot_s: float | None  # likewise, seconds per further token
-    session: str  # requests of one session prefer the same replica; empty is none
-
 
 class Client:
     """A connection for plain programs; threads may share it.
 
     Args:
-        address: host:port of a gateway.
+        address: host:port of a gateway, or of several: the first that answers is asked first, and
+            streams that are cut off go on at the next.
         ca_file: PEM file that verifies the gateway's certificate; None speaks plain text.
         tls: In place of `ca_file`, where the gateway demands a certificate of the client.
         api_key: Of a tenant, or a token; sent over TLS, or within this machine.
         metadata: Sent with every call.
 
     Raises:
-        ConfigError: A file cannot be read, or the key must not be sent.
+        ConfigError: There is no address, a file cannot be read, or the key must not be sent.
     """
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         ca_file: FilePath | None = None,
         tls: Tls | None = None,
         api_key: str | None = None,
         metadata: Metadata = (),
     ) -> None:
-        credentials = channel_credentials(Tls(ca_file) if ca_file else tls)
-        key = key_metadata(api_key, address, is_tls=credentials is not None)
-        self._metadata = (*metadata, *key)
-        self._channel = (
-            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
-        )
-        self._stub = Stub(self._channel)
+        tls = Tls(ca_file) if ca_file else tls
+        self._gateways = Gateways(access_of(address, tls=tls, api_key=api_key, metadata=metadata))
 
     def __enter__(self) -> Self:
         return self
@@ -150,8 +124,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; calls under way end."""
-        self._channel.close()
+        """Close the connections; calls under way end."""
+        self._gateways.close()
 
     def generate(
         self,
@@ -171,7 +145,12 @@ class Client:
             OverloadedError: The request was refused; `retry_after_s` says when to try again.
             SluiceError: As the gateway says, or it is out of reach.
         """
-        return self._ask(queries.generate(prompt, token_ids, **options))
+        query = begin_stream(prompt, token_ids, **options)
+        parts = CompletionParts(query.request_id)
+        with closing(self._gateways.stream(query)) as events:
+            for event in events:
+                parts.add(event)
+        return parts.completion()
 
     def stream(
         self,
@@ -179,42 +158,57 @@ class Client:
         *,
         token_ids: Sequence[int] | None = None,
         **options: Unpack[RequestOptions],
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Yield the events of a completion; `Finished` is the last. Arguments as of `generate`.
 
-        Closing the iterator cancels the request.
+        Closing the iterator cancels the request, unless it is detached.
 
         Raises:
-            UnavailableError: The stream was cut off before `Finished`.
+            UnavailableError: The stream was cut off before `Finished`, and could not go on.
             SluiceError: As the gateway says, or it is out of reach.
         """
-        query = queries.generate(prompt, token_ids, **options)
-        events = EventStream()
-        with our_errors():
-            call = self._stub.GenerateStream(
-                inference_pb2.GenerateStreamRequest(request=query.request),
-                timeout=query.timeout_s,
-                metadata=self._metadata,
-            )
-            try:
-                for message in call:
-                    if (event := events.read(message)) is not None:
-                        yield event
-            finally:
-                call.cancel()
-        events.check_end()
+        return self._gateways.stream(begin_stream(prompt, token_ids, **options))
+
+    def resume(
+        self,
+        request_id: str,
+        after_seq: int | None = None,
+        tokens_received: Sequence[int] = (),
+        **options: Unpack[ResumeOptions],
+    ) -> Generator[Event, None, None]:
+        """Yield the further events of a request that another call, or program, began.
+
+        A call that still carries the request ends with `SupersededError`.
+
+        Args:
+            request_id: Of the request; whoever resumes it must be of the tenant that began it.
+            after_seq: The last event that came, counted from 0; None: all events from the first.
+            tokens_received: Ids of all tokens that came with these events. Without them the
+                position has to be in the journal, which is a fraction of a second behind.
+            **options: See `ResumeOptions`.
+
+        Raises:
+            NotFoundError: The request is unknown, or its journal has expired.
+            PermissionDeniedError: Another tenant began it.
+            OutOfRangeError: The position is ahead of what is known.
+            FailedPreconditionError: The tokens contradict the journal.
+            SluiceError: As of `stream`.
+        """
+        return self._gateways.stream(
+            resume_stream(request_id, after_seq, tokens_received, **options)
+        )
 
     def tokenize(self, text: str, *, model: str = "") -> list[int]:
         """Return the token ids of a text."""
-        return self._ask(queries.tokenize(text, model))
+        return self._gateways.ask(queries.tokenize(text, model))
 
     def list_models(self) -> list[ServedModel]:
         """Return the models that the cluster serves."""
-        return self._ask(queries.list_models())
+        return self._gateways.ask(queries.list_models())
 
     def status(self) -> ClusterState:
         """Return the replica groups and their load."""
-        return self._ask(queries.status())
+        return self._gateways.ask(queries.status())
 
     def explain(self, request_id: str) -> Explanation:
         """Return why a request went where it went; ask soon, and the gateway that it went to.
@@ -222,7 +216,23 @@ class Client:
         Raises:
             NotFoundError: This gateway does not remember it, or it was another tenant's.
         """
-        return self._ask(queries.explain(request_id))
+        return self._gateways.ask(queries.explain(request_id))
+
+    def drain_replica(self, replica_id: str) -> int:
+        """Make a replica hand over its requests and end; with tenants, for administrators.
+
+        It returns at once: `status` no longer has the replica when it is gone.
+
+        Args:
+            replica_id: As in `status`.
+
+        Returns:
+            Requests that it will hand over, of all gateways.
+
+        Raises:
+            NotFoundError: There is no such replica.
+        """
+        return self._gateways.ask(queries.drain_replica(replica_id))
 
     def register_prefix(
         self,
@@ -248,7 +258,7 @@ class Client:
             AlreadyExistsError: The name stands for another prompt.
             SluiceError: As the gateway says, or it is out of reach.
         """
-        return self._ask(
+        return self._gateways.ask(
             queries.register_prefix(name, prompt, token_ids, model=model, timeout_s=timeout_s)
         )
 
@@ -262,7 +272,7 @@ class Client:
         Raises:
             PermissionDeniedError: They are another tenant's, and the caller is no administrator.
         """
-        return self._ask(queries.list_prefixes(tenant))
+        return self._gateways.ask(queries.list_prefixes(tenant))
 
     def remove_prefix(self, name: str, *, tenant: str | None = None) -> None:
         """Forget a registered prefix.
@@ -275,11 +285,11 @@ class Client:
             NotFoundError: There is none of this name.
             PermissionDeniedError: It is another tenant's, and the caller is no administrator.
         """
-        self._ask(queries.remove_prefix(name, tenant))
+        self._gateways.ask(queries.remove_prefix(name, tenant))
 
     def cache_stats(self) -> CacheBooks:
         """Return the books of the store and of each replica's tiers; for administrators."""
-        return self._ask(queries.cache_stats())
+        return self._gateways.ask(queries.cache_stats())
 
     def flush_cache(self, *, replicas: bool = False, store: bool = False) -> Flushed:
         """Forget what is cached and used by no request; for administrators.
@@ -288,7 +298,7 @@ class Client:
             replicas: On devices and in host memory.
             store: In the store, of all tenants.
         """
-        return self._ask(queries.flush_cache(replicas=replicas, store=store))
+        return self._gateways.ask(queries.flush_cache(replicas=replicas, store=store))
 
     def inspect_cache(
         self,
@@ -306,14 +316,9 @@ class Client:
             prefix: Name of a registered prefix that comes before.
             model: Name; empty is the only one served.
         """
-        return self._ask(queries.inspect_cache(prompt, token_ids, prefix=prefix, model=model))
-
-    def _ask(self, query: Query[Answer]) -> Answer:
-        with our_errors():
-            answer = getattr(self._stub, query.method)(
-                query.request, timeout=query.timeout_s, metadata=self._metadata
-            )
-        return query.read(answer)
+        return self._gateways.ask(
+            queries.inspect_cache(prompt, token_ids, prefix=prefix, model=model)
+        )
 
 
 class AsyncClient:
@@ -321,22 +326,17 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         ca_file: FilePath | None = None,
         tls: Tls | None = None,
         api_key: str | None = None,
         metadata: Metadata = (),
     ) -> None:
-        credentials = channel_credentials(Tls(ca_file) if ca_file else tls)
-        key = key_metadata(api_key, address, is_tls=credentials is not None)
-        self._metadata = (*metadata, *key)
-        self._channel = (
-            grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        tls = Tls(ca_file) if ca_file else tls
+        self._gateways = AioGateways(
+            access_of(address, tls=tls, api_key=api_key, metadata=metadata)
         )
-        self._stub = Stub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -350,8 +350,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; calls under way end."""
-        await self._channel.close(None)
+        """Close the connections; calls under way end."""
+        await self._gateways.close()
 
     async def generate(
         self,
@@ -361,47 +361,54 @@ class AsyncClient:
         **options: Unpack[RequestOptions],
     ) -> Completion:
         """Return a completion; see `Client.generate`. Cancelling the task cancels the request."""
-        return await self._ask(queries.generate(prompt, token_ids, **options))
+        query = begin_stream(prompt, token_ids, **options)
+        parts = CompletionParts(query.request_id)
+        async with aclosing(self._gateways.stream(query)) as events:
+            async for event in events:
+                parts.add(event)
+        return parts.completion()
 
-    async def stream(
+    def stream(
         self,
         prompt: str | None = None,
         *,
         token_ids: Sequence[int] | None = None,
         **options: Unpack[RequestOptions],
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Yield the events of a completion; see `Client.stream`."""
-        query = queries.generate(prompt, token_ids, **options)
-        events = EventStream()
-        with our_errors():
-            call = self._stub.GenerateStream(
-                inference_pb2.GenerateStreamRequest(request=query.request),
-                timeout=query.timeout_s,
-                metadata=self._metadata,
-            )
-            try:
-                async for message in call:
-                    if (event := events.read(message)) is not None:
-                        yield event
-            finally:
-                call.cancel()
-        events.check_end()
+        return self._gateways.stream(begin_stream(prompt, token_ids, **options))
+
+    def resume(
+        self,
+        request_id: str,
+        after_seq: int | None = None,
+        tokens_received: Sequence[int] = (),
+        **options: Unpack[ResumeOptions],
+    ) -> AsyncGenerator[Event, None]:
+        """Yield the further events of an earlier request; see `Client.resume`."""
+        return self._gateways.stream(
+            resume_stream(request_id, after_seq, tokens_received, **options)
+        )
 
     async def tokenize(self, text: str, *, model: str = "") -> list[int]:
         """Return the token ids of a text."""
-        return await self._ask(queries.tokenize(text, model))
+        return await self._gateways.ask(queries.tokenize(text, model))
 
     async def list_models(self) -> list[ServedModel]:
         """Return the models that the cluster serves."""
-        return await self._ask(queries.list_models())
+        return await self._gateways.ask(queries.list_models())
 
     async def status(self) -> ClusterState:
         """Return the replica groups and their load."""
-        return await self._ask(queries.status())
+        return await self._gateways.ask(queries.status())
 
     async def explain(self, request_id: str) -> Explanation:
         """Return why a request went where it went; see `Client.explain`."""
-        return await self._ask(queries.explain(request_id))
+        return await self._gateways.ask(queries.explain(request_id))
+
+    async def drain_replica(self, replica_id: str) -> int:
+        """Make a replica hand over its requests and end; see `Client.drain_replica`."""
+        return await self._gateways.ask(queries.drain_replica(replica_id))
 
     async def register_prefix(
         self,
@@ -413,25 +420,25 @@ class AsyncClient:
         timeout_s: float = GENERATE_TIMEOUT_S,
     ) -> Prefix:
         """Name a prompt's beginning, have it computed and kept; see `Client.register_prefix`."""
-        return await self._ask(
+        return await self._gateways.ask(
             queries.register_prefix(name, prompt, token_ids, model=model, timeout_s=timeout_s)
         )
 
     async def list_prefixes(self, *, tenant: str | None = None) -> list[Prefix]:
         """Return registered prefixes, by tenant and name; see `Client.list_prefixes`."""
-        return await self._ask(queries.list_prefixes(tenant))
+        return await self._gateways.ask(queries.list_prefixes(tenant))
 
     async def remove_prefix(self, name: str, *, tenant: str | None = None) -> None:
         """Forget a registered prefix; see `Client.remove_prefix`."""
-        await self._ask(queries.remove_prefix(name, tenant))
+        await self._gateways.ask(queries.remove_prefix(name, tenant))
 
     async def cache_stats(self) -> CacheBooks:
         """Return the books of the store and of each replica's tiers; for administrators."""
-        return await self._ask(queries.cache_stats())
+        return await self._gateways.ask(queries.cache_stats())
 
     async def flush_cache(self, *, replicas: bool = False, store: bool = False) -> Flushed:
         """Forget what is cached and used by no request; see `Client.flush_cache`."""
-        return await self._ask(queries.flush_cache(replicas=replicas, store=store))
+        return await self._gateways.ask(queries.flush_cache(replicas=replicas, store=store))
 
     async def inspect_cache(
         self,
@@ -442,11 +449,6 @@ class AsyncClient:
         model: str = "",
     ) -> Inspected:
         """Return how much of a prompt is cached where; see `Client.inspect_cache`."""
-        return await self._ask(queries.inspect_cache(prompt, token_ids, prefix=prefix, model=model))
-
-    async def _ask(self, query: Query[Answer]) -> Answer:
-        with our_errors():
-            answer = await getattr(self._stub, query.method)(
-                query.request, timeout=query.timeout_s, metadata=self._metadata
-            )
-        return query.read(answer)
+        return await self._gateways.ask(
+            queries.inspect_cache(prompt, token_ids, prefix=prefix, model=model)
+        )

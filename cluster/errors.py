@@ -155,9 +155,10 @@ class ReplicaLostError(UnavailableError):
 
     Args:
         message: Which one, and why.
-        num_suspects: Requests of this gateway that it had and that had got no token of it yet.
+        may_return: Whether it may be there again under its id: its connection was lost.
     """
 
-    def __init__(self, message: str, *, num_suspects: int = 1) -> None:
+    def __init__(self, message: str, *, num_suspects: int = 1, may_return: bool = True) -> None:
         super().__init__(message)
         self.num_suspects = num_suspects
+        self.may_return = may_return

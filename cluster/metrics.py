@@ -95,8 +95,10 @@ class Metrics:
         )
         self.journals_dropped = Counter(
             "sluice_journals_dropped_total",
-            "Journals that made room within store.journal_bytes, of requests that had finished or "
-            "were live: these cannot be resumed any more.",
+            "Journals that cannot be resumed any more, by why: they made room within "
+            "store.journal_bytes (finished, live), had gone from the store (gone), are another "
+            "tenant's (foreign), too long alone (full), or waited too long for a store that was "
+            "away (pending).",
             ["state"],
             registry=registry,
         )

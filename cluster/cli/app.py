@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from cluster.cli.bench import bench
 from cluster.cli.cache import cache
 from cluster.cli.config import show_config
+from cluster.cli.drain import drain
 from cluster.cli.explain import explain
 from cluster.cli.generate import generate
 from cluster.cli.model import model
@@ -69,6 +70,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(explain)
 app.command()(status)
+app.command()(drain)
 app.command()(simulate)
 app.command("config")(show_config)
 app.add_typer(prefix, name="prefix")

@@ -11,18 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.cli.options import (
-    DEFAULT_ADDRESS,
-    Address,
-    ApiKeyFile,
-    AsJson,
-    CaFile,
-    CertFile,
-    KeyFile,
-    connect,
-    print_json,
-    read_prompt,
-)
+from cluster.cli.connecting import Connection, connecting
+from cluster.cli.options import AsJson, print_json, read_prompt
 from cluster.cli.status import hit_rate, store_state
 from cluster.errors import InvalidArgumentError
 
@@ -35,16 +25,14 @@ _MIB = 2**20
 
 
 @cache.command("stats")
+@connecting
 def stats(
-    address: Address = DEFAULT_ADDRESS,
-    ca_file: CaFile = None,
-    cert_file: CertFile = None,
-    key_file: KeyFile = None,
-    api_key_file: ApiKeyFile = None,
+    *,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Print the books of the store and of each replica's tiers."""
-    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
+    with connection.open() as client:
         books = client.cache_stats()
     if json:
         print_json(asdict(books))
@@ -55,6 +43,7 @@ def stats(
 
 
 @cache.command("flush")
+@connecting
 def flush(
     replicas: Annotated[
         bool, typer.Option("--replicas", help="Blocks on devices and in host memory.")
@@ -63,11 +52,8 @@ def flush(
         bool, typer.Option("--store", help="Blocks in the store, of all tenants.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    address: Address = DEFAULT_ADDRESS,
-    ca_file: CaFile = None,
-    cert_file: CertFile = None,
-    key_file: KeyFile = None,
-    api_key_file: ApiKeyFile = None,
+    *,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Forget what is cached and used by no request."""
@@ -76,7 +62,7 @@ def flush(
     what = " and ".join(["all replicas"] * replicas + ["the store"] * store)
     if not yes and not typer.confirm(f"Forget the cached blocks of {what}?", err=True):
         raise typer.Abort
-    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
+    with connection.open() as client:
         flushed = client.flush_cache(replicas=replicas, store=store)
     if json:
         print_json(asdict(flushed))
@@ -87,6 +73,7 @@ def flush(
 
 
 @cache.command("inspect")
+@connecting
 def inspect(
     text: Annotated[
         str | None, typer.Argument(help="Prompt to look for; - reads standard input.")
@@ -98,18 +85,15 @@ def inspect(
         str, typer.Option(metavar="NAME", help="Registered prefix that comes before the prompt.")
     ] = "",
     model: Annotated[str, typer.Option(help="Name; empty is the only one served.")] = "",
-    address: Address = DEFAULT_ADDRESS,
-    ca_file: CaFile = None,
-    cert_file: CertFile = None,
-    key_file: KeyFile = None,
-    api_key_file: ApiKeyFile = None,
+    *,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Print how much of a prompt is cached where."""
     prompt = read_prompt(text, file)
     if prompt is None and not prefix:
         raise InvalidArgumentError("nothing to look for: give TEXT, --file or --prefix")
-    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
+    with connection.open() as client:
         found = client.inspect_cache(prompt, prefix=prefix, model=model)
     if json:
         print_json(asdict(found))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,37 +11,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.cli.options import (
-    DEFAULT_ADDRESS,
-    Address,
-    ApiKeyFile,
-    AsJson,
-    CaFile,
-    CertFile,
-    KeyFile,
-    connect,
-    print_json,
-)
+from cluster.cli.connecting import Connection, connecting
+from cluster.cli.options import AsJson, print_json
 from cluster.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from cluster.client import Client, Explanation, RouteCandidate
+    from cluster.client import Explanation, RouteCandidate
 
 _MAX_CONNECTIONS = 32  # of eight gateways behind one address, all but one search in 70 ends well
 _OUTCOME_STYLES = {"dispatched": "green", "degraded": "yellow", "queued": "yellow"}
 
 
+@connecting
 def explain(
     request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="Of a recent request.")],
-    address: Address = DEFAULT_ADDRESS,
-    ca_file: CaFile = None,
-    cert_file: CertFile = None,
-    key_file: KeyFile = None,
-    api_key_file: ApiKeyFile = None,
+    *,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Print why a request went where it went; ask until the gateway that served it is reached."""
-    found = _find(request_id, lambda: connect(address, ca_file, cert_file, key_file, api_key_file))
+    found = _find(request_id, connection)
     if json:
         print_json(asdict(found))
         return
@@ -53,10 +41,11 @@ def explain(
     console.print(_latency_line(found), highlight=False)
 
 
-def _find(request_id: str, connect_anew: Callable[[], Client]) -> Explanation:
+def _find(request_id: str, connection: Connection) -> Explanation:
     """Return what the gateway remembers that served a request.
 
-    Several gateways may stand behind one address: each new connection reaches one of them.
+    Several gateways may stand behind one address: each new connection reaches one of them. Where
+    several addresses are known they are asked in turn.
 
     Raises:
         NotFoundError: None that was reached, in time, remembers it.
@@ -64,14 +53,14 @@ def _find(request_id: str, connect_anew: Callable[[], Client]) -> Explanation:
     from cluster.rpc.queries import QUERY_TIMEOUT_S
 
     give_up_s = time.monotonic() + QUERY_TIMEOUT_S
-    num_left = _MAX_CONNECTIONS
+    num_asked = 0
     while True:
-        num_left -= 1
+        num_asked += 1
         try:
-            with connect_anew() as client:
+            with connection.open(first=num_asked - 1) as client:
                 return client.explain(request_id)
         except NotFoundError:
-            if not num_left or time.monotonic() >= give_up_s:
+            if num_asked == _MAX_CONNECTIONS or time.monotonic() >= give_up_s:
                 raise
 
 

@@ -12,44 +12,55 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.cli.options import (
-    DEFAULT_ADDRESS,
-    Address,
-    ApiKeyFile,
-    AsJson,
-    CaFile,
-    CertFile,
-    KeyFile,
-    OfClass,
-    TpotS,
-    TtftS,
-    connect,
-    print_json,
-    read_prompt,
-)
+from cluster.cli.connecting import Connection, connecting
+from cluster.cli.options import AsJson, OfClass, TpotS, TtftS, print_json, read_prompt
+from cluster.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from cluster.client import Event, Finished, Queued, ScoredToken
+    from cluster.client import Completion, Event, Finished, Queued, ResumeOptions, ScoredToken
 
 _SAMPLING = "Sampling (unset: the gateway's defaults)"
 _END = "End of the answer"
+_CUT = "Connections that break"
 
 
+@connecting
 def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
-    address: Address = DEFAULT_ADDRESS,
-    ca_file: CaFile = None,
-    cert_file: CertFile = None,
-    key_file: KeyFile = None,
-    api_key_file: ApiKeyFile = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to continue; - reads standard input.")
+    ] = None,
+    *,
+    connection: Connection,
     prefix: Annotated[
         str, typer.Option(metavar="NAME", help="Registered prefix that comes before the prompt.")
     ] = "",
     model: Annotated[str, typer.Option(help="Name; empty is the only one served.")] = "",
     timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of the request.")] = 600.0,
     request_id: Annotated[
-        str, typer.Option(metavar="ID", help="Chosen by you, for `sluice explain`.")
+        str,
+        typer.Option(metavar="ID", help="Chosen by you, new for each request: it is for later."),
     ] = "",
+    no_resume: Annotated[
+        bool,
+        typer.Option("--no-resume", help="Fail where the stream is cut off.", rich_help_panel=_CUT),
+    ] = False,
+    detach: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="It goes on for so long without this command.",
+            rich_help_panel=_CUT,
+        ),
+    ] = 0.0,
+    resume_id: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Show the whole answer to an earlier request and go on with it.",
+            rich_help_panel=_CUT,
+        ),
+    ] = None,
     service_class: OfClass = None,
     ttft_s: TtftS = None,
     tpot_s: TpotS = None,
@@ -136,26 +147,63 @@ def generate(
     request: dict[str, Any] = {
         "model": model,
         "sampling": sampling,
-        "timeout_s": timeout_s,
         "prefix": prefix,
-        "request_id": request_id,
         "service_class": service_class,
         "ttft_s": ttft_s,
         "tpot_s": tpot_s,
         "session": session,
     }
+    stream: ResumeOptions = {
+        "timeout_s": timeout_s,
+        "detach_on_disconnect_s": detach,
+        "report_resumptions": not json,
+    }
+    if no_resume:
+        stream["resume_timeout_s"] = 0.0
+    if resume_id is not None:
+        _refuse_beside_resume({"TEXT": prompt, "request_id": request_id, **sampling, **request})
+    elif prompt is None:
+        raise InvalidArgumentError("no prompt: give TEXT, or --resume-id", field="prompt")
     text = read_prompt(prompt, None)
-    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
+    request_id = resume_id or request_id or uuid.uuid4().hex
+    with connection.open() as client:
+        events = (
+            client.stream(text, request_id=request_id, **request, **stream)
+            if resume_id is None
+            else client.resume(resume_id, **stream)
+        )
         if json:
-            print_json(asdict(client.generate(text, **request)))
+            print_json(asdict(_completion(events, request_id)))
         else:
-            request["request_id"] = request_id or uuid.uuid4().hex
-            _print(client.stream(text, **request), request["request_id"])
+            _print(events, request_id)
+
+
+def _refuse_beside_resume(values: dict[str, Any]) -> None:
+    """Raise if something is said of a request that was begun long ago.
+
+    Raises:
+        InvalidArgumentError: It is.
+    """
+    given = [name for name, value in values.items() if value and name != "sampling"]
+    if given:
+        raise InvalidArgumentError(
+            f"--resume-id goes on with a request as it was begun: leave out {', '.join(given)}",
+            field="resume-id",
+        )
+
+
+def _completion(events: Iterable[Event], request_id: str) -> Completion:
+    from cluster.rpc.completion import CompletionParts
+
+    parts = CompletionParts(request_id)
+    for event in events:
+        parts.add(event)
+    return parts.completion()
 
 
 def _print(events: Iterable[Event], request_id: str) -> None:
     """Print the text as it comes, and what it waited for and took on standard error."""
-    from cluster.client import Finished, Queued, TextDelta
+    from cluster.client import Finished, Queued, Resumed, TextDelta
 
     scored: list[ScoredToken] = []
     for event in events:
@@ -164,6 +212,8 @@ def _print(events: Iterable[Event], request_id: str) -> None:
             scored += event.logprobs
         elif isinstance(event, Queued):
             typer.echo(_waiting(event), err=True)
+        elif isinstance(event, Resumed):
+            typer.echo(f"[cut off, resumed at {event.address} after {event.gap_s:.2f} s]", err=True)
         elif isinstance(event, Finished):
             typer.echo()
             if scored:

@@ -14,7 +14,7 @@ from cluster.errors import InvalidArgumentError
 from cluster.types import ServiceClass
 
 if TYPE_CHECKING:
-    from cluster.client import Client, Tls
+    from cluster.client import Tls
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 API_KEY_VARIABLE = "SLUICE_API_KEY"
@@ -60,25 +60,6 @@ TpotS = Annotated[
     typer.Option(help="Own objective: seconds per further token.", rich_help_panel=OBJECTIVE),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-
-def connect(
-    address: str,
-    ca_file: str | None,
-    cert_file: str | None,
-    key_file: str | None,
-    api_key_file: str | None,
-) -> Client:
-    """Return a client of a gateway.
-
-    Raises:
-        InvalidArgumentError: A file is missing, or the key must not be sent.
-    """
-    from cluster.client import Client
-
-    return Client(
-        address, tls=tls_of(ca_file, cert_file, key_file), api_key=read_api_key(api_key_file)
-    )
 
 
 def read_api_key(file: str | None) -> str | None:

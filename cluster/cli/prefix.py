@@ -13,18 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.cli.options import (
-    DEFAULT_ADDRESS,
-    Address,
-    ApiKeyFile,
-    AsJson,
-    CaFile,
-    CertFile,
-    KeyFile,
-    connect,
-    print_json,
-    read_prompt,
-)
+from cluster.cli.connecting import Connection, connecting
+from cluster.cli.options import AsJson, print_json, read_prompt
 from cluster.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -42,6 +32,7 @@ Tenant = Annotated[
 
 
 @prefix.command("add")
+@connecting
 def add(
     name: Name,
     text: Annotated[
@@ -56,11 +47,8 @@ def add(
     ] = None,
     model: Annotated[str, typer.Option(help="Name; empty is the only one served.")] = "",
     timeout_s: Annotated[float, typer.Option(min=0.001, help="Computing included.")] = 600.0,
-    address: Address = DEFAULT_ADDRESS,
-    ca_file: CaFile = None,
-    cert_file: CertFile = None,
-    key_file: KeyFile = None,
-    api_key_file: ApiKeyFile = None,
+    *,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Register a prefix: it is computed, stored and kept."""
@@ -70,7 +58,7 @@ def add(
             "give exactly one of TEXT, --file and --token-ids", field="prompt"
         )
     ids = None if token_ids is None else _ids(token_ids)
-    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
+    with connection.open() as client:
         added = client.register_prefix(
             name, prompt, token_ids=ids, model=model, timeout_s=timeout_s
         )
@@ -81,17 +69,15 @@ def add(
 
 
 @prefix.command("list")
+@connecting
 def list_all(
     tenant: Tenant = None,
-    address: Address = DEFAULT_ADDRESS,
-    ca_file: CaFile = None,
-    cert_file: CertFile = None,
-    key_file: KeyFile = None,
-    api_key_file: ApiKeyFile = None,
+    *,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Print your registered prefixes, or those of others."""
-    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
+    with connection.open() as client:
         prefixes = client.list_prefixes(tenant=tenant)
     if json:
         print_json({"prefixes": [asdict(known) for known in prefixes]})
@@ -100,18 +86,16 @@ def list_all(
 
 
 @prefix.command("remove")
+@connecting
 def remove(
     name: Name,
     tenant: Tenant = None,
-    address: Address = DEFAULT_ADDRESS,
-    ca_file: CaFile = None,
-    cert_file: CertFile = None,
-    key_file: KeyFile = None,
-    api_key_file: ApiKeyFile = None,
+    *,
+    connection: Connection,
     json: AsJson = False,
 ) -> None:
     """Forget a prefix; its blocks are then kept as long as others."""
-    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
+    with connection.open() as client:
         client.remove_prefix(name, tenant=tenant)
     if json:
         print_json({"removed": name})

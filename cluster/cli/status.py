@@ -13,17 +13,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.cli.options import (
-    DEFAULT_ADDRESS,
-    Address,
-    ApiKeyFile,
-    AsJson,
-    CaFile,
-    CertFile,
-    KeyFile,
-    connect,
-    print_json,
-)
+from cluster.cli.connecting import Connection, connecting
+from cluster.cli.options import AsJson, print_json
 
 if TYPE_CHECKING:
     from cluster.client import CacheLoad, Client, ClusterState
@@ -33,17 +24,15 @@ _STATE_STYLES = {"ready": "green", "connecting": "yellow", "draining": "magenta"
 _STORE_STYLES = {"exact": "green", "degraded": "yellow", "off": "dim"}
 
 
+@connecting
 def status(
-    address: Address = DEFAULT_ADDRESS,
-    ca_file: CaFile = None,
-    cert_file: CertFile = None,
-    key_file: KeyFile = None,
-    api_key_file: ApiKeyFile = None,
+    *,
+    connection: Connection,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Repeat until Ctrl-C.")] = False,
     json: AsJson = False,
 ) -> None:
     """Print the replica groups: state, layout, blocks, load, prefix hits, the store's state."""
-    with connect(address, ca_file, cert_file, key_file, api_key_file) as client:
+    with connection.open() as client:
         if json:
             for state in _states(client, watch):
                 print_json(asdict(state))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from cluster.config import GatewayConfig
 from cluster.errors import InvalidArgumentError, OverloadedError, UnavailableError
@@ -17,7 +17,7 @@ class Admission:
 
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
-        self._live: set[str] = set()  # ids of admitted requests
+        self._live: dict[str, asyncio.Event] = {}  # by id: set when the request has ended
         self._is_closed = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -31,9 +31,19 @@ class Admission:
         """Admit no more requests."""
         self._is_closed = True
 
-    async def wait_idle(self) -> None:
-        """Return when no request is in flight."""
-        await self._idle.wait()
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Return whether no request is in flight, as soon as none is or the time is over."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return not self._live
+
+    async def wait_free(self, request_id: str, timeout_s: float) -> bool:
+        """Return whether no request has an id, as soon as it has ended or the time is over."""
+        ended = self._live.get(request_id)
+        if ended is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), timeout_s)
+        return request_id not in self._live  # the next one may have taken it
 
     @contextmanager
     def admit(self, request_id: str) -> Iterator[None]:
@@ -59,12 +69,13 @@ class Admission:
                 "choose another, or leave it to the server",
                 field="request_id",
             )
-        self._live.add(request_id)
+        self._live[request_id] = ended = asyncio.Event()
         self._idle.clear()
         try:
             yield
         finally:
-            self._live.remove(request_id)
+            del self._live[request_id]
+            ended.set()
             if not self._live:
                 self._idle.set()
 

@@ -13,7 +13,8 @@ from cluster.types import EngineOutput, FinishReason, SampledToken, SamplingPara
 class Answer:
     """One answer as it grows: text, stop strings, counts.
 
-    After `feed` has set `finish_reason`, nothing more is taken.
+    It does not depend on how its tokens were cut into outputs, nor on which replicas they came
+    from. After `feed` has set `finish_reason`, nothing more is taken.
     """
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
@@ -22,9 +23,19 @@ class Answer:
         self._matcher = StopMatcher(sampling.stop) if sampling.stop else None
         self._min_tokens = sampling.min_tokens
         self.finish_reason: FinishReason | None = None
-        self.num_tokens = 0  # up to and including the one that completed a stop string
-        self.num_cached_tokens = 0
+        self.token_ids: list[int] = []  # up to and including the one that completed a stop string
+        self.new_tokens: list[SampledToken] = []  # of these, what the last `feed` brought
+        self.num_cached_tokens = 0  # of the prompt, where the first token came from
         self.engine_queued_s = 0.0  # in the engine, before the first step
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far."""
+        return len(self.token_ids)
+
+    def replay(self, tokens: Sequence[SampledToken]) -> None:
+        """Take tokens that the client has, with all that followed from them."""
+        self.feed([EngineOutput("", tuple(tokens))])
 
     def feed(self, outputs: Iterable[EngineOutput]) -> inference_pb2.TokenDelta:
         """Take outputs that did not fail; return their text and tokens as one delta."""
@@ -32,7 +43,8 @@ class Answer:
         end: FinishReason | None = None
         for output in outputs:
             tokens.extend(output.tokens)
-            self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+            if not self.token_ids:
+                self.num_cached_tokens = output.num_cached_tokens
             if output.finish_reason is not None:
                 end, self.engine_queued_s = output.finish_reason, output.queued_s
         if self._matcher is None:
@@ -40,9 +52,13 @@ class Answer:
         else:
             text, num_used = self._match(self._matcher, tokens)
             del tokens[num_used:]
-        self.num_tokens += len(tokens)
+        self.new_tokens = tokens
+        self.token_ids.extend(token.token_id for token in tokens)
         if self.finish_reason is None and end is not None:
-            text += self._flush(end)
+            rest = self._flush(end)
+            # The end comes with the last token. Alone it is that of an answer that was complete
+            # before it went on here: its client has had the rest of the text with that token.
+            text += rest if tokens else ""
         return inference_pb2.TokenDelta(
             text=text,
             token_ids=[token.token_id for token in tokens],

@@ -95,10 +95,11 @@ class Gateway:
     async def __del__(self) -> None:
         """Let streams finish, then end: Serve calls this on scale-down, upgrade and shutdown."""
         self._lease.cancel()
+        await asyncio.wait([self._lease])  # it might renew what is dropped
+        with contextlib.suppress(SluiceError):  # before the drain: nobody new is sent here
+            await self._store.drop_lease(GATEWAY_LEASES, self._gateway_id)
         await self._server.stop(self._config.gateway.drain_timeout_s)
         await self._metrics_server.stop()
-        with contextlib.suppress(SluiceError):
-            await self._store.drop_lease(GATEWAY_LEASES, self._gateway_id)
         await self._store.close()
         if self._block_store is not None:
             await self._block_store.close()

@@ -67,6 +67,11 @@ class Fleet:
         """All links, connected or not, ordered by replica id."""
         return [link for _, link in sorted(self._links.items())]
 
+    @property
+    def has_peers(self) -> bool:
+        """Whether there are other gateways, as far as is known."""
+        return any(gateway_id != self._gateway_id for gateway_id in self._peers)
+
     def start(self) -> None:
         """Begin to look for leaders."""
         self._task = asyncio.create_task(self._poll(), name="fleet")
@@ -84,6 +89,11 @@ class Fleet:
     def link(self, replica_id: str) -> LeaderLink | None:
         """Return the link to a replica, if it is known."""
         return self._links.get(replica_id)
+
+    def is_draining(self, replica_id: str) -> bool:
+        """Return whether a replica is there and takes no new requests."""
+        row = self.table.row_of(replica_id)
+        return row is not None and not self.table.column("is_open")[row]
 
     async def wait_change(self, timeout_s: float | None) -> None:
         """Return when a replica has come, gone, begun or ended to drain.

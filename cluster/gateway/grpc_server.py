@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
+import time
+from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -13,16 +14,21 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 
 from cluster.config import ClusterConfig, GatewayConfig
-from cluster.errors import UnavailableError
+from cluster.errors import RESUME_ELSEWHERE, UnavailableError
 from cluster.gateway.admission import Admission
 from cluster.gateway.cache_servicer import CacheServicer
+from cluster.gateway.detached import DetachedRequests
 from cluster.gateway.fleet import Fleet
-from cluster.gateway.generation import GatewayParts
+from cluster.gateway.generation import Generation
+from cluster.gateway.handing_over import HandOvers
 from cluster.gateway.identity import Authenticator
+from cluster.gateway.journal import Journals
 from cluster.gateway.listen import bind
+from cluster.gateway.parts import GatewayParts
 from cluster.gateway.prefix_keeper import PrefixKeeper
 from cluster.gateway.prefixes import Prefixes
 from cluster.gateway.rate_limiter import RateLimiter
+from cluster.gateway.resume import Resumer
 from cluster.gateway.servicer import InferenceServicer
 from cluster.gateway.stored_blocks import StoredBlocks
 from cluster.gateway.tokenizer import Tokenizer
@@ -39,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _SERVICES = (INFERENCE.full_name, CACHE.full_name)
 _STOP_GRACE_S = 1.0  # for statuses to reach clients after the last stream has ended
+_END_TIMEOUT_S = 1.0  # for streams that were told to go on elsewhere to end
 
 
 class GatewayServer:
@@ -66,7 +73,12 @@ class GatewayServer:
         self._block_store = block_store
         self._gateway_id = gateway_id
         self._metrics = metrics or Metrics(CollectorRegistry())
+        self._running: dict[str, Generation] = {}
         self._admission = Admission(config.gateway)
+        self._detached = DetachedRequests()
+        self._journals = Journals(
+            store, self._metrics, interval_s=config.gateway.journal_interval_s
+        )
         self._rate_limiter = RateLimiter(store, on_error=config.gateway.rate_limit_on_error)
         self._tracing = Tracing(open_provider(gateway_id))
         self._is_stopping = False
@@ -106,6 +118,7 @@ class GatewayServer:
         self._server = self._make_server(parts)
         port = bind(self._server, self._config.gateway)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._journals.start()
         await self._server.start()
         self._fleet.start()
         self._waiting.start()
@@ -119,7 +132,7 @@ class GatewayServer:
         config = self._config
         authenticator = Authenticator(config.auth)
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.model)
-        dispatcher = Dispatcher(config, rng=random.Random())
+        self._dispatcher = dispatcher = Dispatcher(config, rng=random.Random())
         self._waiting = WaitingRoom(
             dispatcher,
             self._metrics,
@@ -131,8 +144,9 @@ class GatewayServer:
             self._store,
             dispatcher,
             gateway_id=self._gateway_id,
-            on_change=self._waiting.poke,
+            on_change=self._on_fleet_change,
         )
+        self._hand_overs = HandOvers(self._running.values, self._fleet.is_draining)
         self._prefixes = Prefixes(
             self._store,
             config.gateway,
@@ -153,11 +167,19 @@ class GatewayServer:
             metrics=self._metrics,
             tracing=self._tracing,
             rng=random.Random(),
+            journals=self._journals,
+            hand_overs=self._hand_overs,
+            running=self._running,
         )
+
+    def _on_fleet_change(self) -> None:
+        self._waiting.poke()
+        self._hand_overs.poke()
 
     def _make_server(self, parts: GatewayParts) -> grpc.aio.Server:
         server = grpc.aio.server(options=_options(self._config.gateway))
-        add_service(INFERENCE, InferenceServicer(parts), server)
+        resumer = Resumer(parts, self._store)
+        add_service(INFERENCE, InferenceServicer(parts, resumer, self._detached), server)
         blocks = StoredBlocks(self._block_store, self._fleet)
         self._keeper = PrefixKeeper(parts, self._store, blocks)
         add_service(CACHE, CacheServicer(parts, self._keeper, blocks), server)
@@ -172,23 +194,55 @@ class GatewayServer:
         """Refuse new requests, let the present ones finish for a time, then close.
 
         Args:
-            drain_timeout_s: Streams that take longer end with UNAVAILABLE, seconds.
+            drain_timeout_s: Streams that take longer end with UNAVAILABLE, and a reason that tells
+                clients to go on at another gateway; seconds.
         """
         self._is_stopping = True
         self._admission.close()
         self._health_task.cancel()
-        await self._keeper.stop()
         await self._health.enter_graceful_shutdown()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._admission.wait_idle(), drain_timeout_s)
-        if self._admission.num_inflight:
-            logger.warning("%d requests did not finish in time", self._admission.num_inflight)
+        # At once it stops to listen, so that gateways which share the port get what comes, and
+        # tells clients to connect anew (GOAWAY); calls that have begun go on.
+        grace_s = drain_timeout_s + _END_TIMEOUT_S + _STOP_GRACE_S
+        closing = asyncio.create_task(self._server.stop(grace_s), name="closing")
+        await self._keeper.stop()
+        await self._drain(drain_timeout_s)
         await self._prefixes.stop()
         await self._waiting.stop()
         await self._fleet.stop()
         await self._server.stop(_STOP_GRACE_S)
+        await closing
+        await self._detached.stop()
+        await self._journals.stop()
         await self._rate_limiter.close()
         await self._tracing.stop()
+
+    async def _drain(self, timeout_s: float) -> None:
+        """Return when no request is in flight, or after the time and a moment."""
+        give_up_s = time.monotonic() + timeout_s
+        if self._fleet.has_peers:
+            await self._send_elsewhere(self._is_queued)
+        if not await self._admission.wait_idle(give_up_s - time.monotonic()):
+            num_inflight = self._admission.num_inflight
+            logger.warning("%d requests did not finish in time, they go on elsewhere", num_inflight)
+            await self._send_elsewhere(lambda request_id: True)
+            await self._admission.wait_idle(_END_TIMEOUT_S)
+
+    async def _send_elsewhere(self, is_meant: Callable[[str], bool]) -> None:
+        """End requests so that their clients go on with them at another gateway."""
+        await self._journals.flush()
+        for request_id, generation in list(self._running.items()):
+            if is_meant(request_id):
+                generation.stop(
+                    UnavailableError(
+                        "this gateway is shutting down: resume the request at another one",
+                        reason=RESUME_ELSEWHERE,
+                    )
+                )
+            await asyncio.sleep(0)  # there may be thousands
+
+    def _is_queued(self, request_id: str) -> bool:
+        return self._dispatcher.place(request_id, time.monotonic()) is not None
 
     async def _announce(self) -> None:
         """Report SERVING from the first connected replica on: later ones are waited for."""

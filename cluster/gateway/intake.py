@@ -6,11 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from cluster.errors import InvalidArgumentError, NotFoundError
+from cluster.errors import (
+    RESUME_ELSEWHERE,
+    InvalidArgumentError,
+    NotFoundError,
+    SupersededError,
+    UnavailableError,
+)
 from cluster.gateway import validation
-from cluster.gateway.generation import ClientCall, GatewayParts, Generation
+from cluster.gateway.generation import Generation
 from cluster.gateway.identity import Caller
 from cluster.gateway.objective import read_slo
+from cluster.gateway.parts import ClientCall, GatewayParts
 from cluster.gateway.routing import session_key
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.types import NO_SLO, SLO, EngineRequest
@@ -76,12 +83,18 @@ class _Verdict:
 
 @contextmanager
 def _goodput(parts: GatewayParts, slo: SLO) -> Iterator[_Verdict]:
-    """Count a request with an objective when it has ended; one that was wrong is not counted."""
+    """Count a request with an objective when it has ended, once at the most.
+
+    One that was wrong is not counted, nor one that has not ended but goes on in another call.
+    """
     verdict, is_counted = _Verdict(), slo != NO_SLO
     try:
         yield verdict
-    except (InvalidArgumentError, NotFoundError):
+    except (InvalidArgumentError, NotFoundError, SupersededError):
         is_counted = False
+        raise
+    except UnavailableError as error:
+        is_counted &= error.reason != RESUME_ELSEWHERE
         raise
     finally:
         if is_counted:

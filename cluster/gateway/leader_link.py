@@ -4,10 +4,11 @@
         ▲                                                                │ requests end, leaves
         └───────────────────────── backoff ◄─────────────────────────────┘ table and index
 
-A watch that falls silent takes the replica out of table and index and is opened anew; the session
-goes on, because busy is not dead. So does one whose messages skip, repeat or come out of order, and
-one that reports a load which cannot be true: the replica is quarantined. These two are opened anew
-after a pause, twice as long each time, so that a broken leader costs its gateways little.
+A watch that falls silent is a leader that hangs, or is cut off: a busy one answers, whatever it
+computes. All of the connection is given up, and its requests go elsewhere. The session goes on
+where the messages of a watch skip, repeat or come out of order, and where one reports a load which
+cannot be true: the replica is quarantined. These watches are opened anew after a pause, twice as
+long each time, so that a broken leader costs its gateways little.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
-from cluster.errors import UnavailableError
+from cluster.errors import ReplicaLostError, SluiceError, UnavailableError
 from cluster.gateway.stream import OutputStream
+from cluster.replica.liveness import Silence
 from cluster.router.plausible import check_load
 from cluster.router.prefix_index import PrefixIndex
 from cluster.router.replica_table import ReplicaTable
@@ -36,6 +39,7 @@ _MIN_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 2.0
 _MIN_WATCH_PAUSE_S = 0.1
 _MAX_WATCH_PAUSE_S = 30.0
+_TICKS = 10  # of the time for which a watch may be silent
 _MAX_COMMANDS = 65536  # waiting to be written to a leader
 _WRITE_TIMEOUT_S = 5.0  # a leader that reads nothing for so long is given up
 _CHANNEL_OPTIONS = (
@@ -63,7 +67,7 @@ class LeaderLink:
         info: Of the replica.
         table: Holds the replica while it is up.
         index: Likewise its blocks.
-        silence_s: A watch that is silent for so long is given up, seconds.
+        silence_s: A leader that is silent for so long is given up, seconds.
         on_change: Called when the replica has come, gone, begun or ended to drain.
         counts: What goes wrong with the watch is added to these.
     """
@@ -81,17 +85,22 @@ class LeaderLink:
         self.info = info
         self._table = table
         self._index = index
-        self._silence_s = silence_s
+        self._tick_s = silence_s / _TICKS
+        self._silence = Silence(silence_s, self._tick_s)
+        self._is_watching = False
         self._on_change = on_change
         self._counts = counts or WatchCounts()
         self._watch_pause_s = 0.0  # before the present watch
         self._next_watch_s = 0.0  # none is opened before, by the gateway's clock
         self._streams: dict[str, OutputStream] = {}
+        self._unanswered: dict[str, None] = {}  # of these, what has got no output yet
         self._commands: deque[engine_pb2.SessionRequest] = deque()
         self._has_commands = asyncio.Event()
         self._is_connected = False
+        self._is_draining = asyncio.Event()
         self._stub: engine_pb2_grpc.EngineStub | None = None
-        self._end_reason = f"replica {info.replica_id} died: try again"
+        self._loss = ""  # why the connection was given up
+        self._is_stopped = False
         self._task = asyncio.create_task(self._run(), name=f"link {info.replica_id}")
 
     @property
@@ -101,7 +110,7 @@ class LeaderLink:
 
     async def stop(self) -> None:
         """Close the connection; its requests end."""
-        self._end_reason = "this gateway is shutting down: connect again"
+        self._is_stopped = True
         self._task.cancel()
         await asyncio.wait([self._task])
 
@@ -116,13 +125,33 @@ class LeaderLink:
         if len(self._commands) >= _MAX_COMMANDS:
             raise UnavailableError(f"replica {self.info.replica_id} does not keep up: try again")
         stream = self._streams[request.request_id] = OutputStream()
+        self._unanswered[request.request_id] = None
         self._send(engine_pb2.SessionRequest(submit=convert.submit_to_proto(request)))
         return stream
 
     def cancel(self, request_id: str) -> None:
         """End a request; one that has ended already is left alone."""
-        if self._streams.pop(request_id, None) is not None:
+        if self._forget(request_id) is not None:
             self._send(engine_pb2.SessionRequest(cancel=engine_pb2.Cancel(request_id=request_id)))
+
+    def hand_over(self, request_id: str) -> None:
+        """Have a request end as MOVED; one that has ended already is left alone."""
+        if request_id in self._streams:
+            hand_over = engine_pb2.HandOver(request_id=request_id)
+            self._send(engine_pb2.SessionRequest(hand_over=hand_over))
+
+    async def wait_draining(self) -> None:
+        """Return as soon as the newest report of the load says that the replica drains."""
+        await self._is_draining.wait()
+
+    async def drain(self, timeout_s: float) -> int:
+        """Have the replica take no new requests and leave; return how many it has.
+
+        Raises:
+            UnavailableError: The leader is not connected, or has not answered in time.
+        """
+        response = await self._ask(lambda stub: stub.Drain, engine_pb2.DrainRequest(), timeout_s)
+        return int(response.num_requests)
 
     async def flush_cache(self, timeout_s: float) -> int:
         """Have the replica forget every cached block that no request uses; return how many.
@@ -130,17 +159,26 @@ class LeaderLink:
         Raises:
             UnavailableError: The leader is not connected, or not done in `timeout_s` seconds.
         """
+        response = await self._ask(
+            lambda stub: stub.FlushCache, engine_pb2.FlushCacheRequest(), timeout_s
+        )
+        return int(response.num_blocks)
+
+    async def _ask(
+        self, method: Callable[[engine_pb2_grpc.EngineStub], Any], request: Any, timeout_s: float
+    ) -> Any:
         if self._stub is None or not self._is_connected:
             raise UnavailableError(f"replica {self.info.replica_id} is not connected: try again")
         try:
-            response = await self._stub.FlushCache(
-                engine_pb2.FlushCacheRequest(), timeout=timeout_s
-            )
+            return await method(self._stub)(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise UnavailableError(
                 f"replica {self.info.replica_id}: {error.code().name}: {error.details()}"
             ) from error
-        return int(response.num_blocks)
+
+    def _forget(self, request_id: str) -> OutputStream | None:
+        self._unanswered.pop(request_id, None)
+        return self._streams.pop(request_id, None)
 
     def _send(self, command: engine_pb2.SessionRequest) -> None:
         self._commands.append(command)
@@ -152,8 +190,10 @@ class LeaderLink:
             try:
                 await self._connect()
             except* (grpc.aio.AioRpcError, UnavailableError) as group:
-                logger.warning("replica %s: %s", self.info.replica_id, _reason(group))
-            except* Exception:
+                self._loss = _reason(group)
+                logger.warning("replica %s: %s", self.info.replica_id, self._loss)
+            except* Exception as group:
+                self._loss = _reason(group)
                 logger.exception("replica %s: connection given up", self.info.replica_id)
             finally:
                 was_connected = self._is_connected
@@ -172,14 +212,25 @@ class LeaderLink:
             tasks.create_task(self._read_outputs(session))
             tasks.create_task(self._write_commands(session))
             tasks.create_task(self._watch(stub))
+            tasks.create_task(self._time_silence())
 
     def _lose(self) -> None:
         self._is_connected = False
+        self._is_draining.clear()
         self._stub = None
         self._commands.clear()
         streams, self._streams = self._streams, {}
+        num_suspects, self._unanswered = max(1, len(self._unanswered)), {}
+        error: SluiceError
+        if self._is_stopped:
+            error = UnavailableError("this gateway is shutting down: connect again")
+        else:
+            error = ReplicaLostError(
+                f"replica {self.info.replica_id} died: {self._loss}; try again",
+                num_suspects=num_suspects,
+            )
         for stream in streams.values():
-            stream.fail(UnavailableError(self._end_reason))
+            stream.fail(error)
 
     def _leave(self) -> None:
         if self.info.replica_id in self._table:
@@ -193,8 +244,9 @@ class LeaderLink:
                 stream = self._streams.get(message.request_id)
                 if stream is None:  # cancelled; its last outputs were on the way
                     continue
+                self._unanswered.pop(message.request_id, None)
                 if message.end:
-                    del self._streams[message.request_id]
+                    self._forget(message.request_id)
                 stream.push(convert.output_from_proto(message))
         raise UnavailableError("the leader ended the session")
 
@@ -217,10 +269,6 @@ class LeaderLink:
             call = stub.Watch(engine_pb2.WatchRequest())
             try:
                 await self._follow(call)
-            except TimeoutError:
-                logger.warning(
-                    "replica %s: no word for %g s", self.info.replica_id, self._silence_s
-                )
             except _WatchError as error:
                 now_s = time.monotonic()
                 self._watch_pause_s = watch_pause_s(self._watch_pause_s, now_s - opened_s)
@@ -230,30 +278,46 @@ class LeaderLink:
                     *(self.info.replica_id, error, self._watch_pause_s),
                 )
             finally:
+                self._is_watching = False
                 call.cancel()
                 self._leave()
+
+    async def _time_silence(self) -> None:
+        """Raise where the leader says nothing for too long.
+
+        This event loop's own turns are counted: where it was held up itself, its leaders are not
+        to blame.
+        """
+        before_s = time.monotonic()
+        while True:
+            await asyncio.sleep(self._tick_s)
+            now_s = time.monotonic()
+            if self._is_watching:
+                self._silence.tick(now_s - before_s)
+                if self._silence.is_too_long:
+                    raise UnavailableError(f"no word for {self._silence.limit_s:g} s")
+            before_s = now_s
 
     async def _follow(self, call: _Watch) -> None:
         """Apply a watch's messages.
 
         Raises:
-            TimeoutError: One is late.
             _WatchError: One is missing, or cannot be true.
             UnavailableError: There are no more.
         """
         expected_seq = 0
-        now_s = asyncio.get_running_loop().time
-        async with asyncio.timeout(self._silence_s) as silence:
-            async for message in call:
-                silence.reschedule(now_s() + self._silence_s)
-                if message.seq != expected_seq or message.is_snapshot != (expected_seq == 0):
-                    self._counts.num_resyncs += 1
-                    kind = "a snapshot" if message.is_snapshot else "a change"
-                    raise _WatchError(
-                        f"watch message {message.seq}, {kind}, came in place of {expected_seq}"
-                    )
-                expected_seq += 1
-                self._apply(message)
+        self._silence.heard()
+        self._is_watching = True
+        async for message in call:
+            self._silence.heard()
+            if message.seq != expected_seq or message.is_snapshot != (expected_seq == 0):
+                self._counts.num_resyncs += 1
+                kind = "a snapshot" if message.is_snapshot else "a change"
+                raise _WatchError(
+                    f"watch message {message.seq}, {kind}, came in place of {expected_seq}"
+                )
+            expected_seq += 1
+            self._apply(message)
         raise UnavailableError("the leader ended the watch")
 
     def _apply(self, message: engine_pb2.WatchResponse) -> None:
@@ -263,6 +327,8 @@ class LeaderLink:
             self._counts.num_quarantines += 1
             raise _WatchError(f"quarantined, for it reports nonsense: {reason}")
         now_s = time.monotonic()
+        if message.is_snapshot or message.HasField("load"):
+            (self._is_draining.set if load.is_draining else self._is_draining.clear)()
         if message.is_snapshot:
             # In this order: what is in the table has its slot in the index.
             self._index.replace(replica_id, message.added)

@@ -7,6 +7,7 @@
 
 Tokens are reserved for the longest answer that was asked for. A tenant without limits costs no call
 of the store. What is given back waits for nobody; lost, it counts until its minute has passed.
+A request that goes on in another call was let in before: it is counted, but never refused.
 """
 
 from __future__ import annotations
@@ -109,6 +110,27 @@ class RateLimiter:
             num_used = 0 if is_refused else num_prompt_tokens + num_output_tokens()
             self._give_back(hold, num_tokens=num_tokens - num_used)
 
+    @asynccontextmanager
+    async def readmit(
+        self, caller: Caller, num_tokens: int, num_new_tokens: Callable[[], int]
+    ) -> AsyncIterator[None]:
+        """Hold the place of a request that goes on in another call; it may exceed the limits.
+
+        Args:
+            caller: Whose limits.
+            num_tokens: That its answer may still get.
+            num_new_tokens: Asked at the end: of these, those that it has got.
+        """
+        if caller.limits == NO_LIMITS:
+            yield
+            return
+        hold = _Hold(caller.tenant, self._now_s())
+        try:
+            await self._count_anyway(hold, caller.limits, num_tokens)
+            yield
+        finally:
+            self._give_back(hold, num_tokens=num_tokens - num_new_tokens())
+
     async def close(self) -> None:
         """Return when all that is to be given back was, or could not be."""
         if self._carrying is not None:
@@ -132,13 +154,24 @@ class RateLimiter:
             # room from those that it lets pass.
             await self._count(hold, _REQUESTS, limits.requests_per_minute, 1)
             await self._count(hold, _TOKENS, limits.tokens_per_minute, num_tokens)
-            await self._start(hold, limits.max_streams)
+            if limits.max_streams:
+                await self._start(hold, limits.max_streams)
         except SluiceError as error:
             if isinstance(error, OverloadedError) and error.reason == RATE_LIMITED:
                 raise
             self._on_lost(error)
         else:
             self._is_store_lost = False
+
+    async def _count_anyway(self, hold: _Hold, limits: RateLimits, num_tokens: int) -> None:
+        try:
+            if limits.tokens_per_minute:
+                await self._store.count(_key(hold, _TOKENS), num_tokens, _TTL_S)
+                hold.counted.append(_TOKENS)
+            if limits.max_streams:
+                await self._start(hold, None)
+        except SluiceError as error:
+            logger.debug("a request that goes on is not counted: %s", error)
 
     async def _count(self, hold: _Hold, name: str, limit: int, amount: int) -> None:
         """Add to the present minute, or raise that it may not have so much."""
@@ -159,10 +192,8 @@ class RateLimiter:
             reason=RATE_LIMITED,
         )
 
-    async def _start(self, hold: _Hold, limit: int) -> None:
-        """Count one more stream, or raise that there may be no more."""
-        if not limit:
-            return
+    async def _start(self, hold: _Hold, limit: int | None) -> None:
+        """Count one more stream, or raise that there may be no more. None is no limit."""
         if not await self._streams.start(hold.tenant, limit):
             raise OverloadedError(
                 f"tenant {hold.tenant} has as many requests that have not ended as it may, "

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from cluster.errors import InvalidArgumentError
 from cluster.kvstore.block_hash import block_hashes, router_key
+from cluster.router.route import RouteRequest
+from cluster.types import NO_SLO, EngineRequest
 
 _MAX_SESSION_CHARS = 128
 
@@ -35,6 +37,61 @@ class PromptKeys:
             )
             self._keys[kind] = [router_key(block_hash) for block_hash in hashes]
         return self._keys[kind]
+
+
+def route_of(
+    request: EngineRequest, *, model: str, session: str, arrived_s: float, expires_s: float
+) -> RouteRequest:
+    """Return what the global scheduler has to know of a new request.
+
+    Args:
+        request: By the id that the client knows.
+        model: Name.
+        session: What the router knows its session by; empty is none.
+        arrived_s: By the gateway's clock.
+        expires_s: Likewise, its deadline.
+    """
+    return RouteRequest(
+        request_id=request.request_id,
+        num_prompt_tokens=len(request.prompt_token_ids),
+        keys=PromptKeys(request.prompt_token_ids, salt=request.salt),
+        arrived_s=arrived_s,
+        slo=request.slo,
+        service_class=request.service_class,
+        tenant=request.tenant,
+        tenant_weight=request.tenant_weight,
+        session=session,
+        model=model,
+        expires_s=expires_s,
+    )
+
+
+def rest_of(
+    route: RouteRequest,
+    request: EngineRequest,
+    output_token_ids: Sequence[int],
+    *,
+    fingerprint: str,
+    excluded: tuple[str, ...],
+) -> RouteRequest:
+    """Return what the global scheduler has to know of a request that goes on elsewhere.
+
+    Args:
+        route: As it was.
+        request: Its prompt and salt.
+        output_token_ids: Of its answer so far.
+        fingerprint: Of the model that these are from, hex.
+        excluded: Replicas that are not there any more, whatever is reported.
+    """
+    token_ids = (*request.prompt_token_ids, *output_token_ids)
+    return route._replace(
+        num_prompt_tokens=len(token_ids),
+        keys=PromptKeys(token_ids, salt=request.salt),
+        slo=NO_SLO,  # its time is over, or kept
+        excluded=excluded,
+        fingerprint=fingerprint if output_token_ids else "",
+        is_resumed=True,
+    )
 
 
 def session_key(session: str, tenant: str) -> str:

@@ -1,7 +1,9 @@
-"""The six methods of sluice.v1.Inference."""
+"""The methods of sluice.v1.Inference."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import time
 import uuid
@@ -10,26 +12,43 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
-from cluster.errors import InvalidArgumentError, UnavailableError
+from cluster.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
 from cluster.gateway import validation
+from cluster.gateway.detached import DetachedRequests, Send, check_detach, counted_from_now
 from cluster.gateway.explain import check_visible, explanation_to_proto
-from cluster.gateway.generation import ClientCall, GatewayParts
 from cluster.gateway.identity import Caller, caller_of
 from cluster.gateway.intake import limits_of, serve_request
+from cluster.gateway.parts import ClientCall, GatewayParts
+from cluster.gateway.resume import Resumer
 from cluster.gateway.status import ending
 from cluster.gateway.tiers import tiers_to_proto
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.types import ReplicaInfo, ReplicaSnapshot
 
+logger = logging.getLogger(__name__)
+
+_DRAIN_TIMEOUT_S = 5.0  # for a leader to say that it drains
+_WRITE_TIMEOUT_S = 1.0  # of a message that fits into any buffer
+
 _Context = grpc.aio.ServicerContext[Any, Any]
+_Carry = Callable[[ClientCall, Caller], Awaitable[None]]
 
 
 class InferenceServicer:
-    """Serves clients; every method authenticates, and ends with an answer or a status."""
+    """Serves clients; every method authenticates, and ends with an answer or a status.
 
-    def __init__(self, parts: GatewayParts) -> None:
+    Args:
+        parts: Of the gateway.
+        resumer: Goes on with requests.
+        detached: Keeps those that outlive their calls.
+    """
+
+    def __init__(self, parts: GatewayParts, resumer: Resumer, detached: DetachedRequests) -> None:
         self._parts = parts
+        self._resumer = resumer
+        self._detached = detached
 
     async def GenerateStream(
         self, request: inference_pb2.GenerateStreamRequest, context: _Context
@@ -38,7 +57,8 @@ class InferenceServicer:
         message = request.request
         request_id = self._request_id(message)
         async with self._ending(context, request_id):
-            await self._serve(message, request_id, context, context.write)
+            detach_s = request.detach_on_disconnect_s
+            await self._serve(self._begin(message), request_id, context, _writer(context), detach_s)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -58,23 +78,51 @@ class InferenceServicer:
                 response.timings.CopyFrom(event.finished.timings)
 
         async with self._ending(context, response.request_id):
-            await self._serve(request, response.request_id, context, collect)
+            await self._serve(self._begin(request), response.request_id, context, collect)
         response.text = "".join(pieces)
         return response
 
+    async def Resume(self, request: inference_pb2.ResumeRequest, context: _Context) -> None:
+        """Go on with a stream that was cut off."""
+
+        async def carry(call: ClientCall, caller: Caller) -> None:
+            await self._resumer.serve(request, call, caller)
+
+        write = _writer(context)
+
+        async def send(event: inference_pb2.GenerateStreamResponse) -> None:
+            await write(inference_pb2.ResumeResponse(event=event))
+
+        async with self._ending(context, request.request_id):
+            detach_s = request.detach_on_disconnect_s
+            await self._serve(carry, request.request_id, context, send, detach_s)
+
+    def _begin(self, message: inference_pb2.GenerateRequest) -> _Carry:
+        async def carry(call: ClientCall, caller: Caller) -> None:
+            await serve_request(self._parts, message, call, caller)
+
+        return carry
+
     async def _serve(
-        self,
-        message: inference_pb2.GenerateRequest,
-        request_id: str,
-        context: _Context,
-        send: Callable[[inference_pb2.GenerateStreamResponse], Awaitable[None]],
+        self, carry: _Carry, request_id: str, context: _Context, send: Send, detach_s: float = 0.0
     ) -> None:
+        """Carry a request to its end, in a task of its own where it may outlive the call."""
         arrival_s = time.monotonic()
         caller = self._caller(context)
+        check_detach(detach_s, self._parts.config.gateway)
         metadata = context.invocation_metadata() or ()
-        with self._parts.tracing.request(metadata, request_id, caller) as span:
-            call = ClientCall(request_id, remaining_of(context), send, span, arrival_s)
-            await serve_request(self._parts, message, call, caller)
+        remaining_s = remaining_of(context)
+        if detach_s:
+            remaining_s = counted_from_now(remaining_s())
+
+        async def work(send: Send) -> None:
+            with self._parts.tracing.request(metadata, request_id, caller) as span:
+                await carry(ClientCall(request_id, remaining_s, send, span, arrival_s), caller)
+
+        if detach_s:
+            await self._detached.serve(work, send, detach_s, request_id)
+        else:
+            await work(send)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context
@@ -141,18 +189,27 @@ class InferenceServicer:
                 now_s=time.monotonic(),
             )
 
-    async def Resume(self, request: inference_pb2.ResumeRequest, context: _Context) -> None:
-        """Go on with a stream that was cut off."""
-        async with self._ending(context, request.request_id):
-            raise UnavailableError("Resume is not there yet")
-
     async def DrainReplica(
         self, request: inference_pb2.DrainReplicaRequest, context: _Context
     ) -> inference_pb2.DrainReplicaResponse:
         """Make a replica leave."""
         async with ending(context, "-"):
-            raise UnavailableError("DrainReplica is not there yet")
-        return inference_pb2.DrainReplicaResponse()
+            caller = self._caller(context)
+            if not caller.is_admin:
+                raise PermissionDeniedError(
+                    f"tenant {caller.tenant!r} is no administrator: ask one to drain the replica"
+                )
+            link = self._parts.fleet.link(request.replica_id)
+            if link is None:
+                raise NotFoundError(
+                    f"replica_id={request.replica_id[:100]!r} is none that this gateway knows: "
+                    "ClusterStatus lists them"
+                )
+            logger.info(
+                "replica %s drains, tenant %r asks for it", link.info.replica_id, caller.tenant
+            )
+            num_requests = await link.drain(_DRAIN_TIMEOUT_S)
+        return inference_pb2.DrainReplicaResponse(num_requests=num_requests)
 
     def _request_id(self, message: inference_pb2.GenerateRequest) -> str:
         return message.request_id or uuid.UUID(int=self._parts.rng.getrandbits(128)).hex
@@ -163,6 +220,32 @@ class InferenceServicer:
     def _ending(self, context: _Context, request_id: str) -> AbstractAsyncContextManager[None]:
         count = self._parts.metrics.requests
         return ending(context, request_id, lambda code: count.labels(code).inc())
+
+
+def _writer(context: _Context) -> Callable[[Message], Awaitable[None]]:
+    """Return what sends messages so that a call which is stopped meanwhile still gets its status.
+
+    The first message takes the headers along. Were it cancelled on its way, grpc.aio would not know
+    that they have gone, fail to send the status with them once more, and leave the client waiting.
+    """
+    has_headers = False
+
+    async def write(message: Message) -> None:
+        nonlocal has_headers
+        if has_headers:
+            await context.write(message)
+            return
+        first = asyncio.ensure_future(context.write(message))
+        try:
+            await asyncio.shield(first)
+        except asyncio.CancelledError:
+            await asyncio.wait([first], timeout=_WRITE_TIMEOUT_S)
+            # Where the client has gone it has failed, of which nobody else wants to know.
+            first.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
+        has_headers = True
+
+    return write
 
 
 def remaining_of(context: _Context) -> Callable[[], float | None]:

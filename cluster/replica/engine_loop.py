@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from cluster.engine.engine import Engine
 from cluster.errors import OverloadedError, SluiceError, UnavailableError
+from cluster.replica.processes import ThreadClock
 from cluster.types import EngineOutput, EngineRequest, ReplicaLoad
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,15 @@ class _Preload:
     num_before: int = 0  # of the engine's count, when it began
 
 
-_Command = EngineRequest | str | _Flush | _Preload  # a string is the id of a request to abort
+@dataclass(frozen=True, slots=True)
+class _HandOver:
+    """End a request so that another replica goes on with it."""
+
+    request_id: str
+
+
+# A string is the id of a request to abort.
+_Command = EngineRequest | str | _HandOver | _Flush | _Preload
 
 
 class EngineLoop:
@@ -87,6 +96,7 @@ class EngineLoop:
         self._step_times_due_s = time.monotonic() + STEP_TIMES_INTERVAL_S
         self._num_told_steps = engine.step_time.num_steps
         self._step_began_s: float | None = None
+        self._clock: ThreadClock | None = None  # of the thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -105,6 +115,11 @@ class EngineLoop:
         return 0.0 if began_s is None else time.monotonic() - began_s
 
     @property
+    def cpu_s(self) -> float:
+        """Processor time that the loop's thread has used, seconds."""
+        return self._clock.read() if self._clock is not None else 0.0
+
+    @property
     def is_running(self) -> bool:
         """Whether the engine belongs to the loop's thread still."""
         return self._thread.is_alive()
@@ -119,9 +134,14 @@ class EngineLoop:
 
     def abort(self, request_id: str) -> None:
         """End a request; its blocks are free before the next step. Unknown ids are fine."""
-        with self._wakeup:
-            self._commands.append(request_id)  # no more of these than of requests
-            self._wakeup.notify()
+        self._end_request(request_id)
+
+    def hand_over(self, request_id: str) -> None:
+        """Have a request end as MOVED, when its blocks are stored. Unknown ids are fine.
+
+        To be called once for a request, since the queue does not bound these.
+        """
+        self._end_request(_HandOver(request_id))
 
     def preload(self, hashes: Sequence[bytes]) -> Future[int]:
         """Fetch blocks from the store into the host tier; the result is how many have come.
@@ -151,6 +171,11 @@ class EngineLoop:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def _end_request(self, command: str | _HandOver) -> None:
+        with self._wakeup:
+            self._commands.append(command)  # no more of these than of requests
+            self._wakeup.notify()
+
     def _enter(self, command: _Command) -> None:
         with self._wakeup:
             if self._is_stopping:
@@ -164,13 +189,14 @@ class EngineLoop:
             self._wakeup.notify()
 
     def _run(self) -> None:
+        self._clock = ThreadClock()
         try:
             while not self._is_stopping:
                 self._turn()
         except Exception as error:  # the group has failed: everybody has to hear of it
             logger.exception("the engine failed")
             reason = str(error) if isinstance(error, SluiceError) else repr(error)
-            self._publish(EngineUpdate(self._engine.abort_all(f"UNAVAILABLE: {reason}")))
+            self._publish(EngineUpdate(self._engine.abort_all(f"LOST: {reason}")))
             self._fail(reason)
         finally:
             self._break_promises()
@@ -214,6 +240,8 @@ class EngineLoop:
     def _apply(self, command: _Command) -> EngineOutput | None:
         if isinstance(command, str):
             self._engine.abort(command)
+        elif isinstance(command, _HandOver):
+            self._engine.hand_over(command.request_id)
         elif isinstance(command, EngineRequest):
             return self._add(command)
         elif not command.done.set_running_or_notify_cancel():

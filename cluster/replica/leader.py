@@ -6,9 +6,11 @@ Free of Ray: `ray_actors.py` puts one into each Serve replica.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -23,8 +25,10 @@ from cluster.kvstore.registry import Registry
 from cluster.kvstore.store import Store
 from cluster.model.model_info import ModelInfo
 from cluster.replica.build import Tiers, fingerprint_of, make_engine, max_model_len_of
+from cluster.replica.channel import Channel
 from cluster.replica.engine_loop import EngineLoop, EngineUpdate
 from cluster.replica.group import GroupLifecycle, GroupState
+from cluster.replica.monitor import GroupMonitor
 from cluster.replica.service import EngineServicer
 from cluster.replica.step_time_file import StepTimeFile, identity_of
 from cluster.rpc.sluice.internal.v1 import engine_pb2_grpc
@@ -36,6 +40,8 @@ TICK_S = 0.1
 STOP_TIMEOUT_S = 5.0  # for the step that is being computed
 STEP_MARGIN_S = 1.0  # an executor that can tell a late step itself is given the time to
 FLUSH_S = 0.2  # for the last outputs to reach the gateways before the process ends
+END_S = 1.0  # for the event loop to end a group that has failed; then it is done without it
+KEEPALIVES = 5  # that a watch has time for, before a gateway takes its leader for dead
 
 
 class Leader:
@@ -50,9 +56,11 @@ class Leader:
         replica_id: New after every restart.
         node_id: Of the Ray node that the leader runs on.
         public_host: Address under which gateways reach the leader.
-        on_end: Called once when the group is over, with the reason of a failure or "".
+        on_end: Called once, in any thread, when the group has failed or left by itself, with the
+            reason: the process has to end.
         tiers: Below the KV cache; None where there are none. The mover is the owner's to end.
         blocks: The store of KV blocks, to begin with its hottest ones; None begins with nothing.
+        beats: From the workers, by index; none where the leader computes. The leader closes them.
     """
 
     def __init__(
@@ -69,6 +77,7 @@ class Leader:
         on_end: Callable[[str], None],
         tiers: Tiers | None = None,
         blocks: BlockStore | None = None,
+        beats: Sequence[Channel] = (),
     ) -> None:
         self._config = config
         self._model = model
@@ -80,11 +89,20 @@ class Leader:
         self._on_end = on_end
         self._tiers = tiers
         self._blocks = blocks
+        self._beats = beats
         self._load = ReplicaLoad()
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._leaves = False  # by itself, when it has drained
+        self._has_changed = asyncio.Event()  # the lifecycle, for those that wait for its end
         self._is_over = asyncio.Event()
+        self._has_ended = threading.Event()  # `on_end` was called
+        self._end_lock = threading.Lock()
         self.lifecycle = lifecycle
-        self._servicer = EngineServicer(on_drain=self.drain)
+        self._servicer = EngineServicer(
+            on_drain=self.leave, keepalive_s=config.replica.heartbeat_timeout_s / KEEPALIVES
+        )
         self._server = grpc.aio.server(
             options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 * 2**20)]
         )
@@ -97,6 +115,7 @@ class Leader:
     async def start(self) -> ReplicaInfo:
         """Serve; returns what was registered. All workers are ready when this is called."""
         self._loop = self._make_loop()
+        self._monitor = self._make_monitor()
         engine_pb2_grpc.add_EngineServicer_to_server(self._servicer, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port(f"{self._config.replica.host}:0")
         await self._server.start()
@@ -104,6 +123,7 @@ class Leader:
         self._loop.start()
         self.info = self._describe(port)
         await self._warm_up()
+        self._monitor.start()
         self._tasks = [
             asyncio.create_task(self._keep_lease()),
             asyncio.create_task(self._keep_time()),
@@ -135,6 +155,16 @@ class Leader:
             load_interval_s=config.replica.load_interval_s,
             max_commands=config.engine.max_num_waiting,
         )
+
+    def _make_monitor(self) -> GroupMonitor:
+        main = asyncio.get_running_loop()
+
+        def fail(reason: str) -> None:
+            main.call_soon_threadsafe(self.fail, reason)
+            if not self._has_ended.wait(END_S):
+                self._end(reason)  # the event loop itself hangs
+
+        return GroupMonitor(self._config, self._beats, self._loop, fail)
 
     async def _warm_up(self) -> None:
         """Fetch the store's hottest blocks before anybody asks; whatever fails is a cold start."""
@@ -172,16 +202,22 @@ class Leader:
         )
 
     def drain(self) -> None:
-        """Refuse new requests; the group stops when the present ones are done or late."""
+        """Refuse new requests; the group stops when the present ones have left or are late."""
         self.lifecycle.drain()
         self._servicer.refuse("UNAVAILABLE: the replica drains")
+
+    def leave(self) -> None:
+        """Drain and then end, without its owner; where its owner drains it already, nothing."""
+        self._leaves = self._leaves or self.lifecycle.accepts_requests
+        self.drain()
 
     def fail(self, reason: str) -> None:
         """The group has failed: end its requests, tell the owner."""
         self.lifecycle.fail(reason)
-        error = f"UNAVAILABLE: replica {self._replica_id} failed: {reason}"
-        self._servicer.refuse(error)
-        self._servicer.fail_all(error)
+        self._has_changed.set()
+        message = f"replica {self._replica_id} failed: {reason}"
+        self._servicer.refuse(f"UNAVAILABLE: {message}")
+        self._servicer.fail_all(f"LOST: {message}")
 
     def check_health(self) -> None:
         """Raise where the group is over.
@@ -197,12 +233,17 @@ class Leader:
         await self._is_over.wait()
 
     async def stop(self) -> None:
-        """End everything that `start` began, and the executor; what still runs is told so."""
+        """End everything that `start` began, and the executor; what still runs moves elsewhere."""
+        self._stopping = self._stopping or asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
+        self._has_ended.set()
         for task in self._tasks:
             task.cancel()
-        self._servicer.fail_all(
-            "UNAVAILABLE: the replica drained and replica.drain_timeout_s is over: try again"
-        )
+        await asyncio.to_thread(self._monitor.stop)
+        self._servicer.refuse("UNAVAILABLE: the replica stops")
+        self._servicer.move_all()
         await asyncio.to_thread(self._loop.stop, STOP_TIMEOUT_S)
         if not self._loop.is_running and self._step_time.num_steps > self._num_saved_steps:
             await asyncio.to_thread(self._step_times.save, self._step_time.snapshot())
@@ -212,6 +253,7 @@ class Leader:
             logger.warning("lease not dropped, it expires by itself: %s", error)
         await self._server.stop(grace=FLUSH_S)
         self._executor.shutdown()
+        self._monitor.close()
 
     def _apply(self, update: EngineUpdate) -> None:
         self._load = update.load or self._load
@@ -242,11 +284,26 @@ class Leader:
     async def _keep_time(self) -> None:
         step_timeout_s = self._config.engine.step_timeout_s
         while not self.lifecycle.is_over:
+            self._monitor.turned()
             if self._loop.step_age_s > step_timeout_s + STEP_MARGIN_S:
                 self.fail(f"step took longer than engine.step_timeout_s={step_timeout_s:g}")
             self.lifecycle.tick(self._servicer.num_requests)
-            await asyncio.sleep(TICK_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_changed.wait(), TICK_S)
         self._is_over.set()
         if self.lifecycle.state is GroupState.FAILED:
             await asyncio.sleep(FLUSH_S)
-            self._on_end(self.lifecycle.reason)
+            self._end(self.lifecycle.reason)
+        elif self._leaves:
+            self._leaving = asyncio.create_task(self._leave())  # `stop` cancels this one
+
+    async def _leave(self) -> None:
+        await self.stop()
+        self._on_end("drained")
+
+    def _end(self, reason: str) -> None:
+        with self._end_lock:
+            is_first = not self._has_ended.is_set()
+            self._has_ended.set()
+        if is_first:
+            self._on_end(reason)

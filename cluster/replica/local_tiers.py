@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from cluster.clock import WallClock
@@ -22,16 +24,23 @@ class LocalTiers:
         model: What the checkpoint says.
         open_store: Makes the store of blocks, used in a thread of this process alone; None goes by
             `config.store`, where the embedded one needs a Ray that is initialised.
+        on_mover: Called with the number of every process that is started for a mover.
 
     Raises:
         ConfigError: The memory is not there, or the store's URL cannot be read.
     """
 
     def __init__(
-        self, config: ClusterConfig, model: ModelInfo, open_store: OpenStore | None = None
+        self,
+        config: ClusterConfig,
+        model: ModelInfo,
+        open_store: OpenStore | None = None,
+        *,
+        on_mover: Callable[[int], None] = lambda _: None,
     ) -> None:
         spec = mover_spec(config, model, 0, fingerprint_of(config))
         num_slots = num_slots_of(config, model)
+        self._on_mover = on_mover
         self._memory: HostMemory | None = None
         self._mover: MoverHandle | None = None
         self._link: MoverLink | None = None
@@ -40,6 +49,7 @@ class LocalTiers:
                 num_slots, spec.block_nbytes, page_locked=config.model.device == "cuda"
             )
             self._mover = start_mover(spec, self._memory, open_store)
+            self._tell(self._mover)
         self._spec, self._open_store = spec, open_store
         if self._mover is not None:
             self._link = MoverLink(
@@ -65,8 +75,13 @@ class LocalTiers:
             return None
         self._mover.close()  # one that is stopped might wake up and write to slots of others
         mover = start_mover(self._spec, self._memory, self._open_store)
+        self._tell(mover)
         self._mover = mover or self._mover
         return mover.channel if mover is not None else None
+
+    def _tell(self, mover: MoverHandle | None) -> None:
+        if mover is not None and mover.pid is not None:
+            self._on_mover(mover.pid)
 
     def close(self) -> None:
         """End the mover and let go of the memory; neither engine nor runner may be used again."""

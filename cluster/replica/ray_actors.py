@@ -11,7 +11,6 @@ import asyncio
 import logging
 import os
 import socket
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -28,13 +27,16 @@ from cluster.kvstore.open import open_block_store, open_store
 from cluster.model.checkpoint import ModelInfo, inspect_checkpoint
 from cluster.model.runner import num_blocks_for
 from cluster.replica.build import load_whole, max_model_len_of
-from cluster.replica.channel import Channel, ChannelListener
+from cluster.replica.channel import Channel
 from cluster.replica.executor import GroupExecutor, InProcessExecutor
-from cluster.replica.group import GroupLifecycle
+from cluster.replica.group import GroupLifecycle, GroupState
 from cluster.replica.group_tiers import GroupTiers
-from cluster.replica.leader import TICK_S, Leader
+from cluster.replica.guardian_start import GuardianHandle
+from cluster.replica.leader import Leader
 from cluster.replica.local_tiers import LocalTiers
+from cluster.replica.muster import Muster
 from cluster.replica.placement import bundles, leader_num_cpus, threads_per_worker
+from cluster.replica.processes import ProcessId
 from cluster.replica.worker import WorkerSpec, run_worker
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class ReplicaGroup:
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc] # Serve awaits it
         self._config = parse_config(config)
         self._workers: list[Any] = []
+        self._beats: list[Channel] = []
+        self._guardian = GuardianHandle()
         self._watchers: list[asyncio.Task[None]] = []
         self._lifecycle = GroupLifecycle(
             self._config.parallel.world_size,
@@ -95,9 +99,11 @@ class ReplicaGroup:
             on_end=self._end,
             tiers=tiers,
             blocks=self._blocks,
+            beats=self._beats,
         )
         self.info = await leader.start()
         self._leader = leader  # from here on there is something to drain
+        self._guardian.arm(self._config.replica.heartbeat_timeout_s)
         self._check_alive()
 
     async def _make_executor(self, model: ModelInfo) -> Executor:
@@ -116,7 +122,9 @@ class ReplicaGroup:
         )
         max_model_len = max_model_len_of(config, model)
         if parallel.world_size == 1:
-            self._tiers = local = LocalTiers(config, model)
+            self._tiers = local = LocalTiers(
+                config, model, on_mover=lambda pid: self._guardian.add_child(ProcessId.of(pid))
+            )
             runner = await asyncio.to_thread(
                 load_whole,
                 config,
@@ -161,63 +169,23 @@ class ReplicaGroup:
                     scheduling_strategy=strategy,
                 ).remote()
             )
-        timeout_s = self._config.replica.start_timeout_s
         endpoints = await asyncio.wait_for(
-            asyncio.gather(*(worker.endpoint.remote() for worker in self._workers)), timeout_s
+            asyncio.gather(*(worker.endpoint.remote() for worker in self._workers)),
+            self._config.replica.start_timeout_s,
         )
-        listener = ChannelListener(ray.util.get_node_ip_address(), parallel.world_size)
-        # Where a stage has several ranks, worker 0's port is its stage's; the next rank's is free,
-        # and on the same node.
-        pipeline_address = endpoints[0 if parallel.tp == 1 else 1]
+        muster = Muster(self._config, ray.util.get_node_ip_address(), self._guardian)
         refs = [
-            worker.run.remote(
-                replace(
-                    template,
-                    index=index,
-                    leader_address=listener.address,
-                    auth_key=listener.auth_key,
-                    stage_port=endpoints[index - index % parallel.tp][1],
-                    pipeline_address=pipeline_address,
-                    tier=tiers.of_worker(index),
-                )
-            )
+            worker.run.remote(muster.spec(template, index, endpoints, tiers.of_worker(index)))
             for index, worker in enumerate(self._workers)
         ]
         self._watchers = [
             asyncio.create_task(self._watch(index, ref)) for index, ref in enumerate(refs)
         ]
-        try:
-            channels = await self._accept(listener, timeout_s)
-        finally:
-            listener.close()
-        return GroupExecutor(channels, num_blocks=template.num_blocks, num_stages=parallel.pp)
-
-    async def _accept(self, listener: ChannelListener, timeout_s: float) -> list[Channel]:
-        """Return the channels of all workers, unless one of them ends before all are ready."""
-        main, lifecycle = asyncio.get_running_loop(), self._lifecycle
-
-        def on_ready(index: int, facts: dict[str, Any]) -> None:
-            logger.info("worker %d is ready: %s", index, facts)
-            main.call_soon_threadsafe(lifecycle.worker_ready, index)
-
-        accepting = asyncio.create_task(
-            asyncio.to_thread(
-                listener.accept_all,
-                timeout_s=timeout_s,
-                send_timeout_s=self._config.engine.step_timeout_s,
-                on_ready=on_ready,
-            )
+        connections = await muster.gather(self._lifecycle)
+        self._beats = connections.beats
+        return GroupExecutor(
+            connections.plans, num_blocks=template.num_blocks, num_stages=parallel.pp
         )
-        while not accepting.done() and not lifecycle.is_over:
-            await asyncio.wait([accepting], timeout=TICK_S)
-            lifecycle.tick(0)
-        if not accepting.done():
-            listener.close()
-            await asyncio.wait([accepting], timeout=2.0)  # it may know the reason better
-        if accepting.done():
-            return accepting.result()
-        self._check_alive()
-        raise AssertionError("a wait that is not done has ended with the group")
 
     def _check_alive(self) -> None:
         if self._lifecycle.is_over:
@@ -236,7 +204,11 @@ class ReplicaGroup:
             self._leader.fail(reason)
 
     def _end(self, reason: str) -> None:
-        # Serve rebuilds the group when this process is gone; Ray ends the workers with their owner
+        # Serve rebuilds the group when this process is gone. Ray ends the workers with their owner;
+        # those that do not go, and movers, are ended by the guardian.
+        if self._lifecycle.state is GroupState.STOPPED:
+            logger.info("the group ends: %s", reason)
+            os._exit(0)
         logger.error("the group failed: %s", reason)
         os._exit(1)
 
@@ -266,6 +238,7 @@ class ReplicaGroup:
             await asyncio.to_thread(self._tiers.close)
         for worker in self._workers:
             ray.kill(worker)
+        await asyncio.to_thread(self._guardian.close)
 
 
 def group_deployment(

@@ -16,9 +16,9 @@ from cluster.kvstore.block_hash import router_key
 from cluster.replica.engine_loop import EngineLoop, EngineUpdate
 from cluster.rpc import convert
 from cluster.rpc.sluice.internal.v1 import engine_pb2, engine_pb2_grpc
-from cluster.types import EngineOutput, ReplicaLoad
+from cluster.types import EngineOutput, FinishReason, ReplicaLoad
 
-WATCH_KEEPALIVE_S = 1.0  # a watch is never silent for longer
+WATCH_KEEPALIVE_S = 0.25  # a watch is hardly ever silent for longer
 FLUSH_TIMEOUT_S = 10.0  # a flush waits for the present step
 
 
@@ -27,6 +27,7 @@ class _Session:
 
     def __init__(self) -> None:
         self.live: set[str] = set()
+        self.leaving: set[str] = set()  # of these, what was asked to be handed over
         self._outputs: list[EngineOutput] = []
         self._wakeup = asyncio.Event()
         self._is_over = False
@@ -51,7 +52,8 @@ class _Session:
 class _Watcher:
     """Changes that one watcher has not been sent; at most one per block, however slow it is."""
 
-    def __init__(self, blocks: Iterable[int], load: ReplicaLoad) -> None:
+    def __init__(self, blocks: Iterable[int], load: ReplicaLoad, keepalive_s: float) -> None:
+        self._keepalive_s = keepalive_s
         self._added = dict.fromkeys(blocks)
         self._removed: dict[int, None] = {}
         self._load: ReplicaLoad | None = load
@@ -76,7 +78,7 @@ class _Watcher:
     async def take(self) -> engine_pb2.WatchResponse:
         """Return what changed; after a while also nothing. The load is there if it is new."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wakeup.wait(), WATCH_KEEPALIVE_S)
+            await asyncio.wait_for(self._wakeup.wait(), self._keepalive_s)
         self._wakeup.clear()
         message = engine_pb2.WatchResponse(
             seq=self._seq,
@@ -95,10 +97,14 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
 
     Args:
         on_drain: Called when somebody asks the replica to drain.
+        keepalive_s: A watch that has nothing to say says so this often.
     """
 
-    def __init__(self, *, on_drain: Callable[[], None]) -> None:
+    def __init__(
+        self, *, on_drain: Callable[[], None], keepalive_s: float = WATCH_KEEPALIVE_S
+    ) -> None:
         self._on_drain = on_drain
+        self._keepalive_s = keepalive_s
         self._loop: EngineLoop | None = None
         self._owners: dict[str, _Session] = {}
         self._watchers: set[_Watcher] = set()
@@ -144,6 +150,11 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         for request_id in list(self._owners):
             self._deliver(EngineOutput(request_id, error=error))
 
+    def move_all(self) -> None:
+        """End every request: another replica goes on with it."""
+        for request_id in list(self._owners):
+            self._deliver(EngineOutput(request_id, finish_reason=FinishReason.MOVED))
+
     def _present_load(self) -> ReplicaLoad:
         load = convert.load_to_proto(self._load)
         load.is_draining = bool(self._refusal)
@@ -156,6 +167,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         if output.finish_reason is not None or output.error is not None:
             del self._owners[output.request_id]
             session.live.discard(output.request_id)
+            session.leaving.discard(output.request_id)
         session.put(output)
 
     async def Session(
@@ -185,8 +197,16 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         async for command in commands:
             if command.HasField("submit"):
                 self._submit(session, command.submit)
+            elif command.HasField("hand_over"):
+                self._hand_over(session, command.hand_over.request_id)
             elif command.cancel.request_id in session.live and self._loop is not None:
                 self._loop.abort(command.cancel.request_id)
+
+    def _hand_over(self, session: _Session, request_id: str) -> None:
+        is_new = request_id in session.live and request_id not in session.leaving
+        if is_new and self._loop is not None:
+            session.leaving.add(request_id)
+            self._loop.hand_over(request_id)
 
     def _submit(self, session: _Session, message: engine_pb2.Submit) -> None:
         request_id = message.request_id
@@ -209,7 +229,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         context: grpc.aio.ServicerContext[engine_pb2.WatchRequest, engine_pb2.WatchResponse],
     ) -> AsyncIterator[engine_pb2.WatchResponse]:
         """Send all cached blocks, then changes and load."""
-        watcher = _Watcher(self._blocks, self._present_load())
+        watcher = _Watcher(self._blocks, self._present_load(), self._keepalive_s)
         self._watchers.add(watcher)
         try:
             while True:
@@ -222,9 +242,10 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         request: engine_pb2.DrainRequest,
         context: grpc.aio.ServicerContext[engine_pb2.DrainRequest, engine_pb2.DrainResponse],
     ) -> engine_pb2.DrainResponse:
-        """Refuse new requests from now on."""
+        """Refuse new requests from now on; say how many there are."""
+        num_requests = self.num_requests
         self._on_drain()
-        return engine_pb2.DrainResponse()
+        return engine_pb2.DrainResponse(num_requests=num_requests)
 
     async def FlushCache(
         self,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -18,10 +21,13 @@ from cluster.model.footprint import check_gpu_fits
 from cluster.model.runner import ModelRunner, ShardSpec
 from cluster.replica.build import NO_TIER, WorkerTier
 from cluster.replica.channel import Channel, connect
+from cluster.replica.guardian_start import GuardianHandle
+from cluster.replica.heartbeat import Heartbeat
 from cluster.replica.host_memory import HostMemory
 from cluster.replica.mover_start import MoverHandle, start_mover
 from cluster.replica.pipeline import DevicePipeline, Neighbours, Pipeline
 from cluster.replica.placement import ranks_of
+from cluster.replica.processes import ProcessId
 from cluster.step import StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
@@ -41,6 +47,8 @@ class WorkerSpec:
     max_model_len: int  # tokens
     num_threads: int
     tier: WorkerTier = NO_TIER
+    beat_address: tuple[str, int] | None = None  # of the leader's ear for beats; None has none
+    beat_key: bytes = b""  # of that listener
 
 
 def run_worker(spec: WorkerSpec) -> None:
@@ -53,28 +61,64 @@ def run_worker(spec: WorkerSpec) -> None:
     channel = connect(
         spec.leader_address, spec.auth_key, send_timeout_s=config.engine.step_timeout_s
     )
-    channel.send("hello", spec.index)
-    mover: MoverHandle | None = None
+    with _watched(spec, config, channel) as (guardian, heartbeat):
+        channel.send("hello", spec.index)
+        try:
+            runner, pipeline, mover = _start(spec, config, guardian)
+        except Exception as error:
+            channel.send("failed", spec.index, f"{type(error).__name__}: {error}")
+            raise
+        guardian.arm(config.replica.heartbeat_timeout_s)
+        facts = {"num_blocks": runner.num_blocks, "process": astuple(ProcessId.of(os.getpid()))}
+        channel.send("ready", spec.index, facts)
+        if spec.beat_address is not None:
+            heartbeat.begin(spec.index, spec.beat_address, spec.beat_key)
+        try:
+            _serve(channel, runner, pipeline, is_reporter=_is_reporter(spec.index, config.parallel))
+        except UnavailableError:
+            logger.info("worker %d: the leader is gone", spec.index)
+        except Exception as error:
+            channel.send("error", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            heartbeat.close()
+            if mover is not None:
+                mover.close()
+
+
+@contextmanager
+def _watched(
+    spec: WorkerSpec, config: ClusterConfig, channel: Channel
+) -> Iterator[tuple[GuardianHandle, Heartbeat]]:
+    """Have this process end when it hangs or its leader is gone, and leave nothing behind."""
+    guardian, heartbeat = GuardianHandle(), Heartbeat(channel)
+    _, tp_rank = ranks_of(spec.index, config.parallel.tp)
+    if config.parallel.tp > 1 and config.model.device == "cpu":
+        guardian.add_name(_buffer_name(tp_rank, spec.stage_port))
     try:
-        memory = _host_memory(spec, config)
-        runner, pipeline = _join(spec, memory.slots if memory else None)
-        if memory is not None and spec.tier.mover is not None:
-            mover = start_mover(spec.tier.mover, memory)
-    except Exception as error:
-        channel.send("failed", spec.index, f"{type(error).__name__}: {error}")
-        raise
-    channel.send("ready", spec.index, {"num_blocks": runner.num_blocks})
-    try:
-        _serve(channel, runner, pipeline, is_reporter=_is_reporter(spec.index, config.parallel))
-    except UnavailableError:
-        logger.info("worker %d: the leader is gone", spec.index)
-    except Exception as error:
-        channel.send("error", f"{type(error).__name__}: {error}")
-        raise
+        yield guardian, heartbeat
     finally:
+        heartbeat.close()
         channel.close()
-        if mover is not None:
-            mover.close()
+        guardian.close()
+
+
+def _buffer_name(tp_rank: int, port: int) -> str:
+    """Return what DeepSpeed calls a rank's shared memory until all ranks have mapped it."""
+    return f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_{tp_rank}"
+
+
+def _start(
+    spec: WorkerSpec, config: ClusterConfig, guardian: GuardianHandle
+) -> tuple[ModelRunner, Neighbours | None, MoverHandle | None]:
+    memory = _host_memory(spec, config)
+    runner, pipeline = _join(spec, memory.slots if memory else None)
+    mover: MoverHandle | None = None
+    if memory is not None and spec.tier.mover is not None:
+        mover = start_mover(spec.tier.mover, memory)
+    if mover is not None and mover.pid is not None:
+        guardian.add_child(ProcessId.of(mover.pid))
+    return runner, pipeline, mover
 
 
 def _is_reporter(index: int, parallel: ParallelConfig) -> bool:

@@ -13,18 +13,33 @@ from urllib.parse import unquote
 
 import grpc
 
-from cluster.errors import ConfigError, SluiceError
-from cluster.rpc import public
+from cluster.errors import ConfigError, UnavailableError
+from cluster.rpc.addresses import Addresses
+from cluster.rpc.failure import CallFailure, failure_from_status
+from cluster.rpc.queries import Query
 from cluster.rpc.sluice.v1.cache_pb2_grpc import CacheStub
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 * 2**20),
     ("grpc.use_local_subchannel_pool", 1),  # a new client is a new connection
+    # A gateway that comes back is found within a second or two, and one whose machine is gone is
+    # given up after five; by default these are minutes, and twenty seconds.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # it also bounds one attempt to connect
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A connection that is silently gone is noticed while a stream waits for its next token.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # else a ping may stay unanswered for a minute
+    ("grpc.http2.max_pings_without_data", 0),  # else the third ping of a long stream waits
 )
 Metadata = Sequence[tuple[str, str]]
 FilePath = str | PathLike[str]
 
+# How gRPC's core begins to say that a call was never sent. It is no contract: if the words change,
+# calls that change something stay at the first address.
+_NOT_CONNECTED = ("failed to connect to all addresses", "DNS resolution failed")
 _DETAILS_KEY = "grpc-status-details-bin"
 _SCHEMES = ("dns:///", "dns:", "ipv4:", "ipv6:")  # with a server of names, a name can be anybody
 
@@ -38,12 +53,49 @@ class Tls:
     key_file: FilePath | None = None  # PEM; of the client's certificate
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a client reaches its gateways."""
+
+    addresses: Addresses
+    credentials: grpc.ChannelCredentials | None  # None is plain text
+    metadata: Metadata  # sent with every call
+
+
 class Stub(InferenceStub, CacheStub):
     """The methods of both public services; no two have one name."""
 
     def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
         InferenceStub.__init__(self, channel)  # type: ignore[no-untyped-call]
         CacheStub.__init__(self, channel)  # type: ignore[no-untyped-call]
+
+
+def access_of(
+    address: str | Sequence[str],
+    *,
+    tls: Tls | None,
+    api_key: str | None,
+    metadata: Metadata,
+) -> Access:
+    """Return how to reach gateways.
+
+    Args:
+        address: One, or several.
+        tls: For all of them; None is plain text.
+        api_key: Of a tenant, or a token; None: none.
+        metadata: Sent with every call.
+
+    Raises:
+        ConfigError: There is no address, a file cannot be read, or the key must not be sent to one
+            of them.
+    """
+    addresses = Addresses(address)
+    credentials = channel_credentials(tls)
+    keys = [
+        key_metadata(api_key, addresses[index], is_tls=credentials is not None)
+        for index in addresses.in_turn()
+    ]
+    return Access(addresses, credentials, (*metadata, *keys[0]))
 
 
 def channel_credentials(tls: Tls | None) -> grpc.ChannelCredentials | None:
@@ -114,15 +166,25 @@ def is_loopback(address: str) -> bool:
 
 
 @contextmanager
-def our_errors() -> Iterator[None]:
-    """Raise gRPC's errors as those of `cluster/errors.py`."""
+def call_failures() -> Iterator[None]:
+    """Raise gRPC's errors as `CallFailure`."""
     try:
         yield
     except grpc.RpcError as error:
-        raise _error_of(error) from error
+        raise _failure_of(error) from error
 
 
-def _error_of(error: Any) -> SluiceError:
+def _failure_of(error: Any) -> CallFailure:
     metadata = error.trailing_metadata() or ()
     details = next((value for key, value in metadata if key == _DETAILS_KEY), None)
-    return public.error_from_status(error.code().name, error.details() or "", details)
+    return failure_from_status(error.code().name, error.details() or "", details)
+
+
+def may_ask_next(failure: CallFailure, query: Query[Any]) -> bool:
+    """Return whether a unary call that has failed may be made at another gateway.
+
+    One that changes something must not have run: then no connection came about.
+    """
+    if failure.code != UnavailableError.code:
+        return False
+    return query.is_read or (not failure.is_ours and str(failure).startswith(_NOT_CONNECTED))

@@ -9,39 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2
-from google.rpc.status_pb2 import Status
-
-from cluster.errors import (
-    AlreadyExistsError,
-    CancelledError,
-    DeadlineError,
-    InvalidArgumentError,
-    NotFoundError,
-    OverloadedError,
-    PermissionDeniedError,
-    SluiceError,
-    UnauthenticatedError,
-    UnavailableError,
-)
+from cluster.errors import InvalidArgumentError
 from cluster.rpc.public_cache import check_text, set_prompt, tiers_from_proto
 from cluster.rpc.public_route import Queued, queued_from_proto
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.types import CacheLoad, FinishReason, SamplingParams
 
-_PLAIN_ERRORS: dict[str, type[SluiceError]] = {
-    error.code: error
-    for error in (
-        NotFoundError,
-        AlreadyExistsError,
-        UnauthenticatedError,
-        PermissionDeniedError,
-        DeadlineError,
-        CancelledError,
-        UnavailableError,
-    )
-}
 _FINISH_REASONS = {
     int(inference_pb2.FINISH_REASON_STOP): FinishReason.STOP,
     int(inference_pb2.FINISH_REASON_LENGTH): FinishReason.LENGTH,
@@ -101,7 +74,16 @@ class Finished:
     timings: Timings
 
 
-Event = Queued | Running | TextDelta | Finished
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The stream was cut off, and goes on; only for callers who ask to be told."""
+
+    gap_s: float  # from the last event before to the first one behind
+    address: str  # of the gateway that goes on
+    num_resumptions: int  # of this stream, this one included
+
+
+Event = Queued | Running | TextDelta | Finished | Resumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,19 +196,6 @@ def _sampling_message(
     return message
 
 
-def completion_from_proto(message: inference_pb2.GenerateResponse) -> Completion:
-    """Return a whole answer."""
-    return Completion(
-        request_id=message.request_id,
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        logprobs=_logprobs(message.logprobs),
-        finish_reason=_FINISH_REASONS[message.finish_reason],
-        usage=_usage(message.usage),
-        timings=_timings(message.timings),
-    )
-
-
 def event_from_proto(message: inference_pb2.GenerateStreamResponse) -> Event | None:
     """Return an event; None for one that this version does not know."""
     kind = message.WhichOneof("event")
@@ -285,31 +254,3 @@ def _logprobs(positions: Sequence[inference_pb2.PositionLogprobs]) -> tuple[Scor
         )
         for position in positions
     )
-
-
-def error_from_status(code: str, message: str, details: bytes | None) -> SluiceError:
-    """Return the error of our tree that a gRPC status stands for.
-
-    Args:
-        code: Name of the status code.
-        message: Of the status.
-        details: A serialized google.rpc.Status, where the server sent one.
-    """
-    violation, retry = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-    info = error_details_pb2.ErrorInfo()
-    try:
-        for detail in Status.FromString(details or b"").details:
-            detail.Unpack(violation)  # does nothing where it is of another type
-            detail.Unpack(retry)
-            detail.Unpack(info)
-    except DecodeError:
-        pass  # somebody on the way wrote them; code and message stand for themselves
-    if code == InvalidArgumentError.code:
-        field = violation.field_violations[0].field if violation.field_violations else ""
-        return InvalidArgumentError(message, field=field)
-    if code == OverloadedError.code:
-        reason = "" if info.reason == code else info.reason
-        delay_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-        return OverloadedError(message, retry_after_s=delay_s or 1.0, reason=reason)
-    kind = _PLAIN_ERRORS.get(code)
-    return kind(message) if kind else SluiceError(f"{code}: {message}")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from cluster.rpc import public, public_cache, public_route
-from cluster.rpc.public import ClusterState, Completion, ServedModel
+from cluster.rpc.public import ClusterState, ServedModel
 from cluster.rpc.public_cache import CacheBooks, Flushed, Inspected, Prefix
 from cluster.rpc.public_route import Explanation
 from cluster.rpc.sluice.v1 import cache_pb2, inference_pb2
-from cluster.types import SamplingParams
 
 GENERATE_TIMEOUT_S = 600.0
 QUERY_TIMEOUT_S = 10.0
@@ -28,25 +27,7 @@ class Query(Generic[Answer]):
     request: Any
     read: Callable[[Any], Answer]
     timeout_s: float = QUERY_TIMEOUT_S
-
-
-def generate(
-    prompt: str | None,
-    token_ids: Sequence[int] | None,
-    *,
-    model: str = "",
-    sampling: SamplingParams | Mapping[str, Any] | None = None,
-    timeout_s: float = GENERATE_TIMEOUT_S,
-    request_id: str = "",
-    prefix: str = "",
-    **route: Any,
-) -> Query[Completion]:
-    """Ask for a whole completion; `route` is what `public_route.set_route` takes."""
-    request = public.generate_request(
-        prompt, token_ids, model=model, sampling=sampling, request_id=request_id, prefix=prefix
-    )
-    public_route.set_route(request, **route)
-    return Query("Generate", request, public.completion_from_proto, timeout_s)
+    is_read: bool = True  # changes nothing, so it may be made twice
 
 
 def tokenize(text: str, model: str) -> Query[list[int]]:
@@ -72,6 +53,13 @@ def explain(request_id: str) -> Query[Explanation]:
     return Query("Explain", request, public_route.explanation_from_proto)
 
 
+def drain_replica(replica_id: str) -> Query[int]:
+    """Make a replica leave."""
+    public_cache.check_text("replica_id", replica_id)
+    request = inference_pb2.DrainReplicaRequest(replica_id=replica_id)
+    return Query("DrainReplica", request, lambda answer: int(answer.num_requests), is_read=False)
+
+
 def register_prefix(
     name: str,
     text: str | None,
@@ -87,6 +75,7 @@ def register_prefix(
         request,
         lambda answer: public_cache.prefix_from_proto(answer.prefix),
         timeout_s,
+        is_read=False,
     )
 
 
@@ -98,7 +87,8 @@ def list_prefixes(tenant: str | None) -> Query[list[Prefix]]:
 
 def remove_prefix(name: str, tenant: str | None) -> Query[None]:
     """Forget a prefix."""
-    return Query("RemovePrefix", public_cache.remove_request(name, tenant), lambda answer: None)
+    request = public_cache.remove_request(name, tenant)
+    return Query("RemovePrefix", request, lambda answer: None, is_read=False)
 
 
 def cache_stats() -> Query[CacheBooks]:
@@ -109,7 +99,9 @@ def cache_stats() -> Query[CacheBooks]:
 def flush_cache(*, replicas: bool, store: bool) -> Query[Flushed]:
     """Empty caches."""
     request = cache_pb2.FlushCacheRequest(replicas=replicas, store=store)
-    return Query("FlushCache", request, public_cache.flushed_from_proto, FLUSH_TIMEOUT_S)
+    return Query(
+        "FlushCache", request, public_cache.flushed_from_proto, FLUSH_TIMEOUT_S, is_read=False
+    )
 
 
 def inspect_cache(

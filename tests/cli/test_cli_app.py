@@ -21,7 +21,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-COMMANDS = ["serve", "generate", "status", "config", "prefix", "cache", "model", "bench"]
+COMMANDS = ["serve", "generate", "status", "drain", "config", "prefix", "cache", "model", "bench"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -36,7 +36,8 @@ def test_every_command_has_help(command: str) -> None:
         (["nonsense"], "'nonsense'; see `sluice --help`"),
         (["bench", "serve", "--rate", "fast"], "'--rate'"),
         (["generate", "x", "--top-k", "-1"], "'--top-k'"),
-        (["generate"], "prompt"),
+        (["generate"], "no prompt"),
+        (["drain"], "replica"),
         (["model", "random", "--shape", "tiny"], "'--out'"),
         (["bench", "serve", "--rate", "1", "--cert-file", "c"], "--key-file=None"),
         (["status", "--key-file", "k"], "--cert-file=None"),

@@ -190,6 +190,14 @@ def test_explain_asks_until_it_reaches_the_gateway_that_remembers() -> None:
     assert len(fake.connections) == 32
 
 
+def test_explain_asks_every_address(address: str) -> None:
+    remembers = FakeInference([])
+    remembers.explanation = EXPLANATION
+    with serving(remembers) as other:
+        result = run("explain", "r7", "--address", address, "--address", other, "--json")
+    assert json.loads(result.stdout)["request_id"] == "r7"
+
+
 def test_explain_gives_up_where_no_gateway_remembers() -> None:
     fake = FakeGateways(33)
     with serving(fake) as address:

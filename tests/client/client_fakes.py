@@ -43,25 +43,14 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         self.explanation: pb.ExplainResponse | None = None
         self.ended = threading.Event()
 
-    def Generate(self, request: Any, context: Any) -> Any:
-        self.requests.append(request)
+    def GenerateStream(self, request: Any, context: Any) -> Iterator[Any]:
+        self.requests.append(request.request)
         self.metadata = dict(context.invocation_metadata())
+        context.add_callback(self.ended.set)
         if self.refusal is not None:
             details = ("grpc-status-details-bin", self.refusal.SerializeToString())
             context.set_trailing_metadata((details,))
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, self.refusal.message)
-        return pb.GenerateResponse(
-            request_id="r",
-            text="hello",
-            token_ids=[5, 6],
-            finish_reason=pb.FINISH_REASON_STOP,
-            usage=USAGE,
-            timings=TIMINGS,
-        )
-
-    def GenerateStream(self, request: Any, context: Any) -> Iterator[Any]:
-        self.requests.append(request.request)
-        context.add_callback(self.ended.set)
         yield from self.events
         if self.is_hanging:
             self.ended.wait(30)

@@ -63,7 +63,9 @@ def test_request_carries_class_or_times_and_session(
     ]
     for request in servicer.requests:
         assert request.HasField("sampling")
+        assert request.request_id
         request.ClearField("sampling")
+        request.ClearField("request_id")
     assert servicer.requests[::2] == servicer.requests[1::2] == expected
 
 

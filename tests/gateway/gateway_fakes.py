@@ -17,6 +17,7 @@ from cluster.gateway.grpc_server import GatewayServer
 from cluster.kvstore.block_store import BlockStore
 from cluster.kvstore.embedded import EmbeddedStore
 from cluster.kvstore.registry import Registry
+from cluster.kvstore.store import Store
 from cluster.metrics import Metrics
 from cluster.router.dispatcher import Dispatcher
 from cluster.rpc import convert
@@ -39,6 +40,8 @@ END_OF_TEXT = 0
 class FakeLeader(engine_pb2_grpc.EngineServicer):
     """Answers every request with `script`, over and over, one token per step.
 
+    A request with tokens so far goes on behind them. One that is to be handed over moves at once.
+
     Attributes are changed by tests while it serves.
     """
 
@@ -59,6 +62,7 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
         self.blocks: list[int] = []
         self.num_flushed = 0  # times
         self.flush_fails = False
+        self.num_drained = 0  # times
 
     async def start(self) -> ReplicaInfo:
         self.server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
@@ -95,6 +99,10 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
         self.num_flushed += 1
         return pb.FlushCacheResponse(num_blocks=len(self.blocks))
 
+    async def Drain(self, request: Any, context: Any) -> pb.DrainResponse:
+        self.num_drained += 1
+        return pb.DrainResponse(num_requests=self.num_live)
+
     async def Watch(self, request: Any, context: Any) -> None:
         self.num_watches += 1
         queue: asyncio.Queue[pb.WatchResponse] = asyncio.Queue()
@@ -129,6 +137,10 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
                     request = convert.submit_from_proto(command.submit)
                     self.submitted.append(request)
                     tasks[request.request_id] = asyncio.create_task(self._answer(request, outputs))
+                elif command.HasField("hand_over"):
+                    request_id = command.hand_over.request_id
+                    tasks[request_id].cancel()
+                    outputs.put_nowait(EngineOutput(request_id, finish_reason=FinishReason.MOVED))
                 else:
                     self.cancelled.append(command.cancel.request_id)
                     tasks[command.cancel.request_id].cancel()
@@ -142,8 +154,9 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
             if self.refusal:
                 outputs.put_nowait(EngineOutput(request.request_id, error=self.refusal))
                 return
-            for step in range(request.sampling.max_tokens):
-                if self.max_steps is not None and step >= self.max_steps:
+            num_before = len(request.output_token_ids)
+            for step in range(num_before, request.sampling.max_tokens):
+                if self.max_steps is not None and step - num_before >= self.max_steps:
                     await asyncio.sleep(3600)
                 await asyncio.sleep(self.step_s)
                 token = self.script[step % len(self.script)]
@@ -161,16 +174,23 @@ class FakeLeader(engine_pb2_grpc.EngineServicer):
 class Stage:
     """A gateway, its store, and leaders."""
 
-    def __init__(self, config: ClusterConfig, block_store: BlockStore | None = None) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        block_store: BlockStore | None = None,
+        *,
+        store: Store | None = None,
+        gateway_id: str = "gateway-1",
+    ) -> None:
         self.config = config
-        self.store = EmbeddedStore(config.store, clock=WallClock())
+        self.store = store or EmbeddedStore(config.store, clock=WallClock())
         self.blocks = block_store
         self.registry = Registry(self.store)
         self.metrics = CollectorRegistry()
         self.server = GatewayServer(
             config,
             store=self.store,
-            gateway_id="gateway-1",
+            gateway_id=gateway_id,
             block_store=block_store,
             metrics=Metrics(self.metrics),
         )
@@ -227,12 +247,16 @@ async def eventually(condition: Any, timeout_s: float = 10.0) -> None:
 
 @asynccontextmanager
 async def stage(*leaders: FakeLeader, **gateway: Any) -> AsyncIterator[Stage]:
-    """Run a gateway in front of leaders; what a test left running is ended."""
+    """Run a gateway in front of leaders; what a test left running is ended.
+
+    With `store` and `gateway_id` it is one of several, which know each other's leaders.
+    """
     block_store = gateway.pop("block_store", None)
+    shared = {name: gateway.pop(name) for name in ("store", "gateway_id") if name in gateway}
     names = ("replica", "auth", "cache", "engine", "router")
     sections = {name: gateway.pop(name, {}) for name in names}
     config = parse_config({"gateway": {"port": 0, **gateway}, **sections})
-    running = Stage(config, block_store)
+    running = Stage(config, block_store, **shared)
     running.port = await running.server.start()
     try:
         for leader in leaders:

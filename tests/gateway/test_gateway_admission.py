@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from cluster.config import GatewayConfig
@@ -47,5 +49,39 @@ async def test_closed_admission_refuses_and_becomes_idle() -> None:
         admission.close()
         with pytest.raises(UnavailableError):
             admission.admit("b").__enter__()
-        assert not admission._idle.is_set()
-    await admission.wait_idle()
+        assert not await admission.wait_idle(0.0)
+    assert await admission.wait_idle(0.0)
+
+
+async def test_idle_is_told_when_the_last_request_ends() -> None:
+    admission = _admission()
+    with admission.admit("a"):
+        waiting = asyncio.create_task(admission.wait_idle(60.0))
+        with admission.admit("b"):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    assert await asyncio.wait_for(waiting, 1.0)
+
+
+async def test_place_of_an_id_is_told_free_when_its_request_ends() -> None:
+    admission = _admission()
+    assert await admission.wait_free("a", 0.0)
+    with admission.admit("a"):
+        assert not await admission.wait_free("a", 0.0)
+        assert await admission.wait_free("b", 0.0)
+        waiting = asyncio.create_task(admission.wait_free("a", 60.0))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    assert await asyncio.wait_for(waiting, 1.0)
+
+
+async def test_place_that_is_taken_again_at_once_is_not_free() -> None:
+    admission = _admission()
+    first = admission.admit("a")
+    first.__enter__()
+    waiting = asyncio.create_task(admission.wait_free("a", 60.0))
+    await asyncio.sleep(0)
+    first.__exit__(None, None, None)
+    with admission.admit("a"):
+        assert not await asyncio.wait_for(waiting, 1.0)

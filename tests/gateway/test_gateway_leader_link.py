@@ -8,19 +8,29 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 import pytest
 from gateway_fakes import FakeLeader, eventually
 
+from cluster.clock import WallClock
+from cluster.config import DEMO_MODEL_PATH, load_config
+from cluster.errors import ReplicaLostError, SluiceError, UnavailableError
 from cluster.gateway.leader_link import LeaderLink, WatchCounts, watch_pause_s
+from cluster.gateway.stream import OutputStream
+from cluster.model.checkpoint import inspect_checkpoint
+from cluster.replica.build import make_engine
+from cluster.replica.engine_loop import EngineLoop
+from cluster.replica.service import EngineServicer
 from cluster.router.prefix_index import PrefixIndex
 from cluster.router.replica_table import ReplicaTable
 from cluster.rpc import convert
 from cluster.rpc.sluice.internal.v1 import engine_pb2 as pb
-from cluster.types import EngineRequest, ReplicaInfo, ReplicaLoad, SamplingParams
+from cluster.rpc.sluice.internal.v1 import engine_pb2_grpc
+from cluster.types import EngineRequest, FinishReason, ReplicaInfo, ReplicaLoad, SamplingParams
+from tests.fakes import FakeExecutor
 
 _GOOD = ReplicaLoad(num_blocks=100, num_free_blocks=100)
 _NONSENSE = ReplicaLoad(num_blocks=100, num_free_blocks=100, late_s=math.nan)
@@ -63,7 +73,7 @@ class _Linked:
 
 
 @asynccontextmanager
-async def _linked(leader: FakeLeader) -> AsyncIterator[_Linked]:
+async def _linked(leader: FakeLeader, silence_s: float = 10.0) -> AsyncIterator[_Linked]:
     info = await leader.start()
     table, index, counts = ReplicaTable(), PrefixIndex(), WatchCounts()
     changes: list[bool] = []
@@ -71,7 +81,7 @@ async def _linked(leader: FakeLeader) -> AsyncIterator[_Linked]:
         info,
         table=table,
         index=index,
-        silence_s=10.0,
+        silence_s=silence_s,
         on_change=lambda: changes.append(info.replica_id in table),
         counts=counts,
     )
@@ -185,6 +195,176 @@ async def test_quarantine_outlasts_the_connection() -> None:
         await eventually(lambda: linked.is_in)
         assert linked.link._next_watch_s == next_watch_s
         assert time.monotonic() >= next_watch_s
+
+
+async def _error(stream: OutputStream) -> SluiceError:
+    """Return what a stream ends with."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await stream.take()
+            except SluiceError as error:
+                return error
+
+
+def _request(name: str) -> EngineRequest:
+    return EngineRequest(name, (1, 2), SamplingParams(max_tokens=20))
+
+
+async def test_leader_that_falls_silent_is_given_up_as_a_whole_and_connected_anew() -> None:
+    leader = FakeLeader()
+    leader.max_steps = 2  # then it hangs
+    async with _linked(leader, silence_s=1.0) as linked:
+        await eventually(lambda: linked.is_in)
+        answered = linked.link.submit(_request("answered"))
+        assert await answered.take()
+        leader.max_steps = 0
+        silent = [linked.link.submit(_request(f"silent {i}")) for i in range(3)]
+        leader.is_silent = True
+        errors = [await _error(stream) for stream in [answered, *silent]]
+        assert all(error is errors[0] for error in errors), "one death"
+        assert isinstance(errors[0], ReplicaLostError)
+        assert errors[0].num_suspects == 3 and "no word for 1 s" in str(errors[0])
+        assert not linked.is_in and not linked.link.is_connected
+        await eventually(lambda: leader.num_live == 0)  # the session is closed too
+        leader.is_silent = False
+        await eventually(lambda: linked.is_in and linked.link.is_connected)
+
+
+async def test_loss_suspects_one_request_where_all_have_got_something() -> None:
+    leader = FakeLeader()
+    leader.max_steps = 1
+    async with _linked(leader) as linked:
+        await eventually(lambda: linked.is_in)
+        streams = [linked.link.submit(_request(name)) for name in "ab"]
+        for stream in streams:
+            await stream.take()
+        await leader.die()
+        errors = [await _error(stream) for stream in streams]
+        assert isinstance(errors[0], ReplicaLostError) and errors[0].num_suspects == 1
+
+
+async def test_stopped_link_has_lost_no_replica() -> None:
+    leader = FakeLeader()
+    leader.max_steps = 0
+    async with _linked(leader) as linked:
+        await eventually(lambda: linked.is_in)
+        stream = linked.link.submit(_request("a"))
+        await linked.link.stop()
+        error = await _error(stream)
+        assert not isinstance(error, ReplicaLostError) and "shutting down" in str(error)
+        with pytest.raises(UnavailableError, match="not connected"):
+            linked.link.submit(_request("b"))
+
+
+async def test_gateway_that_was_held_up_itself_gives_no_leader_up() -> None:
+    leader = FakeLeader()
+    leader.step_s = 0.01
+    async with _linked(leader, silence_s=1.0) as linked:
+        await eventually(lambda: linked.is_in)
+        for seq in range(1, 4):
+            time.sleep(1.5)  # noqa: ASYNC251 - it is this event loop that hangs
+            await asyncio.sleep(0.15)  # a tick, and nothing of the leader
+            leader.push(seq=seq)
+            await asyncio.sleep(0.1)
+        assert linked.changes == [True]
+
+
+async def test_draining_replica_is_told_of_by_its_load_alone() -> None:
+    leader = FakeLeader()
+    async with _linked(leader) as linked:
+        await eventually(lambda: linked.is_in)
+        waiting = asyncio.create_task(linked.link.wait_draining())
+        leader.push(seq=1, added=[3])  # without a load
+        leader.push_load(_GOOD, seq=2)
+        await eventually(lambda: linked.holds(3))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        leader.push_load(replace(_GOOD, is_draining=True), seq=3)
+        leader.push(seq=4)
+        await asyncio.wait_for(waiting, 10)
+        await asyncio.wait_for(linked.link.wait_draining(), 10)
+        leader.push_load(_GOOD, seq=5)
+        await eventually(lambda: not linked.link._is_draining.is_set())
+
+
+async def test_replica_is_told_to_drain_and_says_how_much_it_has() -> None:
+    leader = FakeLeader()
+    leader.max_steps = 0
+    async with _linked(leader) as linked:
+        with pytest.raises(UnavailableError, match="not connected"):
+            await linked.link.drain(1.0)
+        await eventually(lambda: linked.is_in)
+        linked.link.submit(_request("a"))
+        await eventually(lambda: leader.num_live == 1)
+        assert await linked.link.drain(10.0) == 1
+        assert leader.num_drained == 1
+
+
+async def test_request_that_is_handed_over_ends_as_moved() -> None:
+    leader = FakeLeader()
+    leader.max_steps = 1
+    async with _linked(leader) as linked:
+        await eventually(lambda: linked.is_in)
+        stream = linked.link.submit(_request("a"))
+        await stream.take()
+        linked.link.hand_over("unknown")
+        linked.link.hand_over("a")
+        (output,) = await asyncio.wait_for(stream.take(), 10)
+        assert output.finish_reason is FinishReason.MOVED
+        linked.link.hand_over("a")  # it has ended
+
+
+async def test_busy_leader_keeps_its_gateways() -> None:
+    """A real leader's event loop answers while its engine computes one long step."""
+    executor = FakeExecutor(num_blocks=64, block_size=16, vocab_size=4096)
+    executor.while_computing = lambda: _compute(3.0)
+    engine = make_engine(
+        load_config(None, []), inspect_checkpoint(DEMO_MODEL_PATH), executor, WallClock()
+    )
+    main = asyncio.get_running_loop()
+    servicer = EngineServicer(on_drain=lambda: None, keepalive_s=0.1)
+    loop = EngineLoop(
+        engine,
+        publish=lambda update: main.call_soon_threadsafe(servicer.apply, update),
+        fail=lambda reason: None,
+        load_interval_s=0.1,
+        max_commands=8,
+    )
+    leader = FakeLeader()
+    info = await leader.start()
+    await leader.server.stop(None)
+    server = grpc.aio.server()
+    engine_pb2_grpc.add_EngineServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    servicer.serve(loop)
+    loop.start()
+    changes: list[bool] = []
+    table = ReplicaTable()
+    link = LeaderLink(
+        replace(info, address=f"127.0.0.1:{port}"),
+        table=table,
+        index=PrefixIndex(),
+        silence_s=0.8,
+        on_change=lambda: changes.append(True),
+    )
+    try:
+        await eventually(lambda: link.is_connected)
+        stream = link.submit(EngineRequest("a", (1, 2), SamplingParams(max_tokens=1)))
+        (output,) = await asyncio.wait_for(stream.take(), 30)
+        assert output.finish_reason is FinishReason.LENGTH
+        assert len(changes) == 1 and link.is_connected
+    finally:
+        await link.stop()
+        await server.stop(None)
+        await asyncio.to_thread(loop.stop, 10)
+
+
+def _compute(duration_s: float) -> None:
+    until_s = time.monotonic() + duration_s
+    while time.monotonic() < until_s:
+        pass
 
 
 def test_watch_pause_doubles_to_half_a_minute() -> None:

@@ -16,6 +16,7 @@ from cluster.errors import (
     DeadlineError,
     InvalidArgumentError,
     OverloadedError,
+    SupersededError,
     UnavailableError,
 )
 from cluster.gateway.identity import Caller
@@ -256,3 +257,51 @@ async def test_limiter_refuses_what_it_knows_to_be_too_much_though_it_fails_open
     assert await served(limiter, who)
     assert not await served(limiter, who)
     await limiter.close()
+
+
+async def test_limiter_counts_what_goes_on_elsewhere_but_refuses_none_of_it() -> None:
+    async with scene(2) as here:
+        one, other = here.limiters
+        who = caller(requests_per_minute=1, tokens_per_minute=50, max_streams=1)
+        async with admit(one, who, prompt=20, most=30, became=5):
+            async with other.readmit(who, 40, lambda: 7):
+                await here.settle()
+                assert sorted(here.store.sums().values()) == [1, 2, 2, 90]  # two periods
+            await here.settle()
+            assert sorted(here.store.sums().values()) == [1, 1, 1, 57]
+        await here.settle()
+        assert sorted(here.store.sums().values()) == [1, 32]
+        assert other._streams.is_idle
+
+
+@pytest.mark.parametrize("error", [SupersededError("elsewhere"), asyncio.CancelledError()])
+async def test_limiter_counts_what_the_answer_got_before_it_goes_on_again(
+    error: BaseException,
+) -> None:
+    async with scene() as here:
+        who = caller(tokens_per_minute=100)
+        with pytest.raises(type(error)):
+            async with here.limiters[0].readmit(who, 60, lambda: 9):
+                raise error
+        await here.settle()
+        assert list(here.store.sums().values()) == [9]
+
+
+@pytest.mark.parametrize("on_error", ["open", "closed"])
+async def test_limiter_lets_go_on_what_it_cannot_count(on_error: str) -> None:
+    async with scene(on_error=on_error) as here:
+        (limiter,) = here.limiters
+        here.store.is_up = False
+        who = caller(tokens_per_minute=10, max_streams=1)
+        async with limiter.readmit(who, 60, lambda: 9):
+            pass
+        here.store.is_up = True
+        await here.settle()
+        assert here.store.sums() == {}
+
+
+async def test_limiter_without_limits_asks_no_store_about_what_goes_on() -> None:
+    async with scene() as here:
+        async with here.limiters[0].readmit(caller(), 60, lambda: 9):
+            pass
+        assert here.store.num_calls == 0

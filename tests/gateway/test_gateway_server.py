@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tls_files import make_certificate
 
-from cluster.client import AsyncClient, Client, TextDelta, Tls
+from cluster.client import AsyncClient, Client, Tls
 from cluster.errors import ConfigError, UnavailableError
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
@@ -107,52 +107,6 @@ async def test_gateways_of_one_host_share_the_port() -> None:
             stage(port=port, num_replicas=2) as second,
         ):
             assert first.port == second.port == port
-
-
-async def test_drain_lets_streams_finish_and_refuses_new_ones() -> None:
-    leader = FakeLeader()
-    leader.step_s = 0.02
-    async with stage(leader) as running, AsyncClient(running.address) as client:
-        task = asyncio.create_task(client.generate("x", sampling={"max_tokens": 40}))
-        await eventually(lambda: leader.num_live == 1)
-        running.server.check_health()
-        stopping = asyncio.create_task(running.server.stop(10.0))
-        await asyncio.sleep(0)
-        with pytest.raises(UnavailableError, match="shutting down"):
-            await client.generate("x")
-        with pytest.raises(UnavailableError, match="shutting down"):
-            running.server.check_health()
-        assert await _health(running.address) == NOT_SERVING
-        assert len((await task).token_ids) == 40
-        await stopping
-        with pytest.raises(UnavailableError):
-            await client.generate("x")
-
-
-async def test_drain_that_takes_too_long_ends_streams_with_unavailable() -> None:
-    leader = FakeLeader()
-    leader.max_steps = 1
-    async with stage(leader) as running, AsyncClient(running.address) as client:
-        events = client.stream("x", sampling={"max_tokens": 9})
-        async for event in events:
-            if isinstance(event, TextDelta):
-                break
-        stopping = asyncio.create_task(running.server.stop(0.05))
-        with pytest.raises(UnavailableError, match="shutting down"):
-            async for _ in events:
-                pass
-        await stopping
-        assert running.server.num_inflight == 0
-
-
-async def test_drain_ends_requests_that_wait_for_a_replica() -> None:
-    async with stage() as running, AsyncClient(running.address) as client:
-        events = client.stream("x")
-        await anext(events)
-        stopping = asyncio.create_task(running.server.stop(0.05))
-        with pytest.raises(UnavailableError, match="shutting down"):
-            await anext(events)
-        await stopping
 
 
 async def test_tls_serves_who_knows_the_authority(tmp_path: Path) -> None:

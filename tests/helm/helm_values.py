@@ -23,6 +23,9 @@ CASES: dict[str, dict[str, Any]] = {
     "redis-url": {"redis": {"url": "rediss://:hunter2@redis.example:6380/0"}},
     "redis-secret": {"redis": {"existingSecret": "shared-redis", "key": "redis-url"}},
     "two-redis": {"redis": {"existingSecret": "shared-redis", "kvKey": "kv"}},
+    "gcs-redis": {
+        "ray": {"gcs": {"redisAddress": "rediss://gcs.example:6380", "passwordSecret": "gcs-redis"}}
+    },
     "tenants": {"auth": {"existingSecret": "tenants", "jwtKey": "jwt.pem", "jwtAudience": "chat"}},
     "autoscaling": {
         "autoscaling": {"enabled": True, "minReplicas": 1, "maxReplicas": 5, "targetLoad": 12.5},

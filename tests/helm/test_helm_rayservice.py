@@ -174,6 +174,17 @@ def test_kv_blocks_may_have_a_redis_of_their_own(render: Engine) -> None:
     assert _config(render(CASES["bare"])).store.kv_url == "off"
 
 
+def test_control_plane_keeps_its_state_in_the_redis_that_is_named(render: Engine) -> None:
+    options = _spec(render(CASES["gcs-redis"]))["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    reference = options["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert (options["redisAddress"], reference) == (
+        "rediss://gcs.example:6380",
+        {"name": "gcs-redis", "key": "password"},
+    )
+    assert "externalStorageNamespace" not in options  # an upgrade's second cluster needs another
+    assert "gcsFaultToleranceOptions" not in _spec(render({}))["rayClusterConfig"]
+
+
 def test_tenants_are_mounted_where_gateways_read_them_and_nowhere_else(render: Engine) -> None:
     objects = render(CASES["tenants"])
     auth = _config(objects).auth

@@ -37,6 +37,7 @@ OWN_KNOBS = {
         ({"model": {"device": "tpu"}}, "device"),
         ({"worker": {"memory": "8GB"}}, "memory"),
         ({"redis": {"url": "http://redis"}}, "url"),
+        ({"ray": {"gcs": {"redisAddress": "redis://:secret@host:6379"}}}, "redisAddress"),
         ({"fullnameOverride": "Upper"}, "fullnameOverride"),
         ({"config": {"cache": {"block_sise": 16}}}, "block_sise"),
         ({"config": {"cache": {"block_size": 0}}}, "block_size"),
@@ -94,6 +95,10 @@ def test_schema_refuses(render: Engine, values: dict[str, Any], said: str) -> No
                 "config": {"store": {"kv_url": "off"}},
             },
             "redis.kvKey and config.store.kv_url are both set",
+        ),
+        (
+            {"ray": {"gcs": {"passwordSecret": "b"}}},
+            "ray.gcs.passwordSecret=b without ray.gcs.redisAddress",
         ),
         ({"auth": {"jwtKey": "jwt.pem"}}, "auth.jwtKey=jwt.pem without auth.existingSecret"),
         ({"gateway": {"metricsPort": 9000}}, "gateway.metricsPort=9000 is gateway.port too"),

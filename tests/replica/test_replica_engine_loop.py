@@ -16,7 +16,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.mover import MoveKind
 from cluster.errors import OverloadedError, UnavailableError
 from cluster.replica.engine_loop import EngineLoop, EngineUpdate
-from cluster.types import EngineRequest, SamplingParams
+from cluster.types import EngineOutput, EngineRequest, FinishReason, SamplingParams
 from tests.fakes import FakeExecutor
 
 
@@ -130,6 +130,44 @@ def test_commands_are_bounded_and_end_with_the_loop() -> None:
         waiting[0].result(5)
     with pytest.raises(UnavailableError, match="has stopped"):
         loop.flush_cache()
+
+
+def test_request_is_handed_over_between_two_steps() -> None:
+    loop = make_loop(None)
+    for name in ("a", "b"):
+        loop.submit(EngineRequest(name, tuple(range(9)), SamplingParams(max_tokens=60)))
+    loop.hand_over("a")
+    loop.hand_over("unknown")
+    loop.abort("b")
+    loop.start()
+    updates = loop._engine.updates  # type: ignore[attr-defined]
+    wait_until(lambda: sum(len(ends_of(update)) for update in list(updates)) == 2)
+    ends = {output.request_id: output.finish_reason for u in updates for output in ends_of(u)}
+    assert ends == {"a": FinishReason.MOVED, "b": FinishReason.CANCELLED}
+    loop.stop(5)
+
+
+def test_failed_engine_loses_its_requests() -> None:
+    loop = make_loop(None)
+    loop._engine._executor.collect_fails = True  # type: ignore[attr-defined]
+    loop.submit(EngineRequest("a", (1,), SamplingParams()))
+    loop.start()
+    updates = loop._engine.updates  # type: ignore[attr-defined]
+    wait_until(lambda: any(ends_of(update) for update in list(updates)))
+    assert [o.error for u in updates for o in ends_of(u)] == ["LOST: worker 0 died"]
+
+
+def test_processor_time_is_that_of_the_engines_thread() -> None:
+    loop = make_loop(None)
+    assert loop.cpu_s == 0.0
+    loop.start()
+    wait_until(lambda: loop.cpu_s > 0.0)
+    loop.stop(5)
+    assert loop.cpu_s == loop.cpu_s > 0.0, "it may be asked for when the thread has ended"
+
+
+def ends_of(update: EngineUpdate) -> list[EngineOutput]:
+    return [output for output in update.outputs if output.finish_reason or output.error]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -27,7 +27,7 @@ from cluster.replica.leader import Leader
 from cluster.rpc import convert
 from cluster.rpc.sluice.internal.v1 import engine_pb2, engine_pb2_grpc
 from cluster.step import StepResult
-from cluster.types import EngineOutput, EngineRequest, ReplicaInfo, SamplingParams
+from cluster.types import EngineOutput, EngineRequest, FinishReason, ReplicaInfo, SamplingParams
 from tests.fakes import FakeExecutor
 
 
@@ -122,7 +122,7 @@ async def test_leader_registers_and_serves_and_leaves() -> None:
     assert await Registry(group.store).list() == []
 
 
-async def test_drain_waits_for_requests_up_to_its_deadline_and_tells_them() -> None:
+async def test_drain_waits_for_requests_up_to_its_deadline_and_moves_the_rest() -> None:
     async with started("replica.drain_timeout_s=0.3") as (group, info):
         group.executor.step_s = 0.02
         request = asyncio.create_task(last_output(info))
@@ -133,16 +133,60 @@ async def test_drain_waits_for_requests_up_to_its_deadline_and_tells_them() -> N
         assert group.leader.lifecycle.state is GroupState.DRAINING
         await asyncio.wait_for(group.leader.wait_drained(), 5)
         await group.leader.stop()
-        output = await request
-        assert output.error is not None and "replica.drain_timeout_s" in output.error
+        assert (await request).finish_reason is FinishReason.MOVED
     assert group.ends == [], "a drained group has not failed"
+
+
+async def drain(info: ReplicaInfo) -> int:
+    """Ask a replica to leave; return how many requests it has."""
+    async with grpc.aio.insecure_channel(info.address) as channel:
+        stub = engine_pb2_grpc.EngineStub(channel)
+        return int((await stub.Drain(engine_pb2.DrainRequest())).num_requests)
+
+
+async def test_replica_that_was_told_to_leave_ends_itself_when_it_is_idle() -> None:
+    async with started() as (group, info):
+        group.executor.step_s = 0.02
+        request = asyncio.create_task(last_output(info, max_tokens=20))
+        await until(lambda: group.executor.plans)
+        assert await drain(info) == 1
+        assert await drain(info) == 1, "again is fine"
+        assert (await request).finish_reason is FinishReason.LENGTH
+        await until(lambda: group.ends)
+        assert await Registry(group.store).list() == []
+        assert group.executor.is_shut_down
+    assert group.ends == ["drained"]
+
+
+async def test_replica_that_its_owner_drains_is_ended_by_its_owner() -> None:
+    async with started() as (group, info):
+        group.executor.step_s = 0.02
+        request = asyncio.create_task(last_output(info, max_tokens=20))
+        await until(lambda: group.executor.plans)
+        group.leader.drain()
+        await drain(info)
+        await asyncio.wait_for(group.leader.wait_drained(), 10)
+        await request
+        await asyncio.sleep(0.3)
+        assert not group.executor.is_shut_down
+    assert group.ends == []
+
+
+async def test_owner_that_ends_a_leaving_replica_ends_it_once() -> None:
+    async with started("replica.drain_timeout_s=0.2") as (group, info):
+        await drain(info)
+        group.leader.drain()
+        await asyncio.wait_for(group.leader.wait_drained(), 10)
+        await asyncio.gather(group.leader.stop(), group.leader.stop())
+        await until(lambda: group.ends)
+    assert group.ends == ["drained"]
 
 
 async def test_failed_engine_ends_requests_and_group_once() -> None:
     async with started() as (group, info):
         group.executor.collect_fails = True
         output = await last_output(info)
-        assert output.error is not None and output.error.startswith("UNAVAILABLE")
+        assert output.error is not None and output.error.startswith("LOST: ")
         await until(lambda: group.ends)
         assert len(group.ends) == 1
         with pytest.raises(UnavailableError, match="worker 0 died"):
@@ -155,6 +199,47 @@ async def test_step_that_hangs_in_this_process_ends_the_group() -> None:
         output = await last_output(info)
         assert output.error is not None and "engine.step_timeout_s=0.1" in output.error
         await until(lambda: group.ends)
+
+
+async def test_request_that_a_failed_group_never_had_is_refused_and_not_lost() -> None:
+    async with started() as (group, info):
+        group.leader.fail("for a test")
+        output = await last_output(info)
+        assert output.error is not None and output.error.startswith("UNAVAILABLE: ")
+
+
+STUCK = ("replica.heartbeat_timeout_s=0.3", "replica.stuck_timeout_s=0.6")
+
+
+async def test_blocked_engine_whose_process_answers_ends_the_group() -> None:
+    async with started(*STUCK) as (group, info):
+        group.executor.step_s = 3.0  # it waits
+        output = await last_output(info)
+        assert output.error is not None and output.error.startswith("LOST: ")
+        assert "the engine is stuck" in output.error
+        await until(lambda: group.ends)
+
+
+async def test_engine_that_computes_for_long_keeps_its_group() -> None:
+    async with started(*STUCK) as (group, info):
+        group.executor.while_computing = lambda: compute(3.0)
+        assert (await last_output(info, max_tokens=1)).finish_reason is FinishReason.LENGTH
+        assert group.ends == [] and group.leader.lifecycle.state is GroupState.READY
+
+
+def compute(duration_s: float) -> None:
+    until_s = time.monotonic() + duration_s
+    while time.monotonic() < until_s:
+        pass
+
+
+async def test_event_loop_that_hangs_ends_the_group_without_it() -> None:
+    group = Group(*STUCK)
+    await group.leader.start()
+    time.sleep(3.0)  # noqa: ASYNC251 - it is to hang
+    assert group.ends == ["the leader's event loop hangs: replica.stuck_timeout_s=0.6"]
+    await group.leader.stop()
+    assert len(group.ends) == 1
 
 
 async def test_lease_is_renewed_after_the_store_was_away() -> None:

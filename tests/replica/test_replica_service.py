@@ -26,6 +26,7 @@ from tests.fakes import FakeExecutor
 
 FINGERPRINT = b"model"
 BLOCK_SIZE = 4
+KEEPALIVE_S = 0.3
 
 
 class GatedExecutor(FakeExecutor):
@@ -68,7 +69,9 @@ async def running(num_blocks: int = 64, max_num_waiting: int = 64) -> AsyncItera
     )
     failures: list[str] = []
     main = asyncio.get_running_loop()
-    servicer = EngineServicer(on_drain=lambda: servicer.refuse("UNAVAILABLE: drains"))
+    servicer = EngineServicer(
+        on_drain=lambda: servicer.refuse("UNAVAILABLE: drains"), keepalive_s=KEEPALIVE_S
+    )
     loop = EngineLoop(
         engine,
         publish=lambda update: main.call_soon_threadsafe(servicer.apply, update),
@@ -107,6 +110,10 @@ class Gateway:
     async def cancel(self, request_id: str) -> None:
         cancel = engine_pb2.Cancel(request_id=request_id)
         await self._call.write(engine_pb2.SessionRequest(cancel=cancel))
+
+    async def hand_over(self, request_id: str) -> None:
+        hand_over = engine_pb2.HandOver(request_id=request_id)
+        await self._call.write(engine_pb2.SessionRequest(hand_over=hand_over))
 
     async def outputs(self, num_ends: int = 1) -> list[EngineOutput]:
         """Read until `num_ends` requests have ended."""
@@ -162,6 +169,42 @@ async def test_cancel_ends_the_request_in_the_step_after_it() -> None:
         assert len(leader.executor.plans) == 1
 
 
+async def test_request_that_is_handed_over_ends_as_moved() -> None:
+    async with running(num_blocks=1024) as leader, gateway(leader) as session:
+        leader.executor.gate.clear()
+        await session.submit("a", max_tokens=4000)
+        await session.submit("b")
+        await until(lambda: leader.executor.plans)
+        await session.hand_over("a")
+        await until(lambda: leader.loop.num_commands)
+        await session.hand_over("a")
+        await session.hand_over("unknown")
+        await session.hand_over("b")
+        await until(lambda: leader.loop.num_commands >= 2)
+        assert leader.loop.num_commands <= 3, "each is asked for once, strangers never"
+        leader.executor.gate.set()
+        outputs = await session.outputs(num_ends=2)
+        ends = {o.request_id: o.finish_reason for o in outputs if o.finish_reason}
+        assert ends == {"a": FinishReason.MOVED, "b": FinishReason.MOVED}
+        await until(lambda: leader.servicer.num_requests == 0)
+        await until(lambda: leader.engine.load().num_free_blocks == 1024)
+
+
+async def test_watch_with_nothing_to_say_says_so_in_time() -> None:
+    async with running() as leader, gateway(leader) as session:
+        leader.executor.gate.clear()  # no report of the load while a step is computed
+        await session.submit("a")
+        await until(lambda: leader.executor.plans)
+        async with grpc.aio.insecure_channel(leader.address) as channel:
+            watch = engine_pb2_grpc.EngineStub(channel).Watch(engine_pb2.WatchRequest())
+            messages = watching(watch)
+            async with asyncio.timeout(20 * KEEPALIVE_S):
+                seqs = [(await anext(messages)).seq for _ in range(6)]
+        assert seqs == [0, 1, 2, 3, 4, 5]
+        leader.executor.gate.set()
+        await session.outputs()
+
+
 async def test_session_that_breaks_ends_its_requests() -> None:
     async with running(num_blocks=1024) as leader, gateway(leader) as session:
         leader.executor.gate.clear()
@@ -203,7 +246,8 @@ async def test_drain_refuses_new_requests_and_lets_old_ones_finish() -> None:
         await session.submit("old", max_tokens=500)
         await until(lambda: leader.servicer.num_requests == 1)
         async with grpc.aio.insecure_channel(leader.address) as channel:
-            await engine_pb2_grpc.EngineStub(channel).Drain(engine_pb2.DrainRequest())
+            stub = engine_pb2_grpc.EngineStub(channel)
+            assert (await stub.Drain(engine_pb2.DrainRequest())).num_requests == 1
         await session.submit("new")
         (refused,) = await session.outputs()
         assert refused.request_id == "new"
@@ -246,12 +290,12 @@ async def test_flush_waits_for_the_present_step_and_no_longer(
         assert (await session.outputs())[-1].finish_reason is FinishReason.LENGTH
 
 
-async def test_dead_executor_ends_every_request_with_unavailable() -> None:
+async def test_dead_executor_ends_every_request_with_the_loss() -> None:
     async with running() as leader, gateway(leader) as session:
         leader.executor.collect_fails = True
         await session.submit("a")
         (output,) = await session.outputs()
-        assert output.error == "UNAVAILABLE: worker 0 died"
+        assert output.error == "LOST: worker 0 died"
         await until(lambda: leader.failures == ["worker 0 died"])
 
 

@@ -5,50 +5,8 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import (
-    AlreadyExistsError,
-    CancelledError,
-    DeadlineError,
-    InvalidArgumentError,
-    NotFoundError,
-    OverloadedError,
-    PermissionDeniedError,
-    SluiceError,
-    UnauthenticatedError,
-    UnavailableError,
-)
-from cluster.gateway.status import status_of
+from cluster.errors import InvalidArgumentError
 from cluster.rpc import public, public_cache
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        InvalidArgumentError("top_p=2: ...", field="sampling.top_p"),
-        NotFoundError("model"),
-        AlreadyExistsError("name"),
-        UnauthenticatedError("who"),
-        PermissionDeniedError("no"),
-        OverloadedError("full", retry_after_s=2.5),
-        OverloadedError("too late", retry_after_s=0.5, reason="SLO_NOT_ATTAINABLE"),
-        DeadlineError("late"),
-        CancelledError("gone"),
-        UnavailableError("away"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_error_survives_the_way_to_the_client(error: SluiceError) -> None:
-    status = status_of(error)
-    got = public.error_from_status(error.code, status.message, status.SerializeToString())
-    assert type(got) is type(error)
-    assert str(got) == str(error)
-    assert vars(got) == vars(error)
-
-
-def test_status_of_a_stranger_is_an_error_too() -> None:
-    got = public.error_from_status("DATA_LOSS", "hm", b"\xff\xff\xff")
-    assert type(got) is SluiceError
-    assert str(got) == "DATA_LOSS: hm"
 
 
 def _request(**fields: Any) -> Callable[[], object]:

@@ -63,6 +63,11 @@
 {{- fail "redis.kvKey and config.store.kv_url are both set: keep one of them" -}}
 {{- end -}}
 {{- end -}}
+{{- with .Values.ray.gcs -}}
+{{- if and .passwordSecret (not .redisAddress) -}}
+{{- fail (printf "ray.gcs.passwordSecret=%s without ray.gcs.redisAddress: name the Redis that asks for it" .passwordSecret) -}}
+{{- end -}}
+{{- end -}}
 {{- with .Values.auth -}}
 {{- if and .jwtKey (not .existingSecret) -}}
 {{- fail (printf "auth.jwtKey=%s without auth.existingSecret: name the Secret that holds it and the tenants file" .jwtKey) -}}

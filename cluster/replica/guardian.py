@@ -1,0 +1,122 @@
+"""The guardian of a process: ends it where it hangs, and what it leaves behind where it dies.
+
+    process ──lines through a pipe──► guardian
+
+    beat                the process lives
+    limit SECONDS       from now on it is killed where no line comes for so long; 0: never
+    child PID START     ends with the process: killed where it is still there a little later
+    name NAME           of shared memory: removed after the process
+    end of the lines    the process has ended, or is about to
+
+A program of its own (`python -I -S guardian.py PID`), of a few megabytes, since it imports next to
+nothing. It is the process's child, so the process's number cannot be used again under its eyes. Its
+own ticks are counted, as in liveness.py: where the whole machine stood still nobody is killed.
+"""
+
+import os
+import select
+import signal
+import sys
+import time
+
+TICK_S = 0.1
+GRACE_S = 0.5  # for what ends by itself when the process is gone
+_SHARED_MEMORY = "/dev/shm/"
+
+
+def start_of(pid: int) -> str:
+    """Return when a process started, in ticks of the machine's clock; nothing if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - pathlib is heavy
+            state, *fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in (b"Z", b"X") else fields[18].decode()
+
+
+class Guardian:
+    """Watches its parent.
+
+    Args:
+        pid: Of the parent.
+        pipe: Descriptor that the parent's lines come from.
+    """
+
+    def __init__(self, pid: int, pipe: int) -> None:
+        self._pid = pid
+        self._pipe = pipe
+        self._rest = b""  # of a line whose end has not come
+        self._limit_s = 0.0
+        self._silent_s = 0.0
+        self._children: dict[int, str] = {}
+        self._names: dict[str, None] = {}
+
+    def run(self) -> None:
+        """Watch until the parent has ended, then remove what it has left."""
+        before_s = time.monotonic()
+        while self._read() and os.getppid() == self._pid:
+            now_s = time.monotonic()
+            self._silent_s += min(now_s - before_s, 2 * TICK_S)
+            before_s = now_s
+            if 0 < self._limit_s < self._silent_s:
+                os.kill(self._pid, signal.SIGKILL)
+                self._remove(0.0)  # what belongs to a process that hung has had time enough
+                return
+        self._remove(GRACE_S)
+
+    def _read(self) -> bool:
+        """Wait for lines, a tick at the most; return whether the parent's end is open."""
+        if not select.select([self._pipe], [], [], TICK_S)[0]:
+            return True
+        data = os.read(self._pipe, 65536)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._take(line.decode().split(" "))
+            self._silent_s = 0.0
+        return bool(data)
+
+    def _take(self, words: list[str]) -> None:
+        if words[0] == "limit":
+            self._limit_s = float(words[1])
+        elif words[0] == "child":
+            known = self._children.items()
+            self._children = {pid: start for pid, start in known if start_of(pid) == start}
+            self._children[int(words[1])] = words[2]
+        elif words[0] == "name":
+            self._names[words[1]] = None
+
+    def _remove(self, grace_s: float) -> None:
+        deadline_s = time.monotonic() + grace_s
+        while self._living() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        for pid in self._living():
+            _kill(pid)
+        for name in self._names:
+            _unlink(name)
+
+    def _living(self) -> list[int]:
+        return [pid for pid, start in self._children.items() if start_of(pid) == start]
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except OSError:
+        return
+
+
+def _unlink(name: str) -> None:
+    try:
+        os.unlink(_SHARED_MEMORY + name)  # noqa: PTH108 - pathlib is heavy
+    except OSError:
+        return
+
+
+def _main() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it goes after its parent, whoever ends the rest
+    Guardian(int(sys.argv[1]), sys.stdin.fileno()).run()
+
+
+if __name__ == "__main__":
+    _main()

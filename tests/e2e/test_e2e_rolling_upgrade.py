@@ -1,0 +1,116 @@
+"""Every replica is replaced, or one drained, under streams: none is lost, and all leave in time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from e2e_scene import (
+    DRAIN_S,
+    GATEWAY,
+    LEADER,
+    cluster_config,
+    is_there,
+    processes,
+    ready_replicas,
+    wait_for_order,
+)
+from e2e_streams import Streams, ask_mix, wait_until
+from ray import serve
+from redis_server import RedisServer
+
+from cluster.client import Client
+from cluster.gateway.app import APP_NAME, ServingCluster, build, check, start
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(420)]
+
+NUM_STREAMS = 32
+ROUND_S = 60.0
+SLACK_S = 4.0  # of a busy machine; Serve kills a gateway 5 s after its drain's time
+
+
+@pytest.fixture(scope="module")
+def cluster(redis_server: RedisServer) -> Iterator[ServingCluster]:
+    config = cluster_config(redis_server.url)
+    check(config)
+    with start(config) as running:
+        yield running
+
+
+class Upgrade:
+    """Looks on, in a thread, while Serve replaces all replicas.
+
+    Args:
+        port: That the gateways share.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.fewest_listening = 2**16  # gateways, at any time
+        self.longest_stop_s: dict[str, float] = {}  # while a replica was stopping, by deployment
+        self._port = port
+        self._stopping_since_s: dict[str, float] = {}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._look_on)
+
+    def run(self, application: serve.Application) -> None:
+        """Deploy another version, and return when it has replaced the one that runs."""
+        self._thread.start()
+        try:
+            serve.run(application, name=APP_NAME, route_prefix=None)
+        finally:
+            self._is_over.set()
+            self._thread.join()
+
+    def _look_on(self) -> None:
+        while not self._is_over.wait(0.1):
+            listening = sum(self._listens(process) for process in processes(GATEWAY))
+            self.fewest_listening = min(self.fewest_listening, listening)
+            now_s = time.monotonic()
+            for name, deployment in serve.status().applications[APP_NAME].deployments.items():
+                if not deployment.replica_states.get("STOPPING"):
+                    self._stopping_since_s.pop(name, None)
+                    continue
+                lasts_s = now_s - self._stopping_since_s.setdefault(name, now_s)
+                self.longest_stop_s[name] = max(lasts_s, self.longest_stop_s.get(name, 0.0))
+
+    def _listens(self, process: psutil.Process) -> bool:
+        try:
+            connections = process.net_connections(kind="tcp")
+        except psutil.Error:  # it has just ended
+            return False
+        return any(
+            connection.status == psutil.CONN_LISTEN and connection.laddr.port == self._port
+            for connection in connections
+        )
+
+
+def test_upgrade_of_every_replica_loses_no_stream(cluster: ServingCluster) -> None:
+    plain = cluster.config.model_dump()
+    plain["engine"]["max_num_waiting"] -= 1  # what has changed does not matter
+    before = processes(LEADER) + processes(GATEWAY)
+    upgrade = Upgrade(cluster.config.gateway.port)
+    with Streams(cluster.address, ask_mix(NUM_STREAMS)) as streams:
+        upgrade.run(build(plain))
+        streams.wait_for_round(ROUND_S)
+    assert not any(is_there(process) for process in before)
+    streams.verdict.check(at_least=2 * NUM_STREAMS)
+    assert upgrade.fewest_listening >= 1, "for a moment nobody took connections"
+    assert set(upgrade.longest_stop_s) == {"gateway", "replica-group"}
+    assert max(upgrade.longest_stop_s.values()) <= DRAIN_S + SLACK_S
+
+
+def test_drained_replica_is_gone_in_time_and_loses_no_stream(cluster: ServingCluster) -> None:
+    with Client(cluster.address) as client:
+        wait_for_order(client, without=set())
+        with Streams(cluster.address, ask_mix(NUM_STREAMS)) as streams:
+            streams.wait_for_round(ROUND_S)
+            drained = max(ready_replicas(client), key=lambda replica: replica.num_running)
+            leader = psutil.Process(drained.leader_pid)
+            assert client.drain_replica(drained.replica_id) > 0, "it has requests to hand over"
+            wait_until(lambda: not is_there(leader), DRAIN_S + SLACK_S, "the replica is gone")
+            streams.wait_for_round(ROUND_S)
+        wait_for_order(client, without={leader.pid})
+    streams.verdict.check(at_least=4 * NUM_STREAMS)
