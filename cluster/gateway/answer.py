@@ -9,6 +9,11 @@ from cluster.gateway.tokenizer import Detokenizer, Tokenizer
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.types import EngineOutput, FinishReason, SampledToken, SamplingParams
 
+_FINISH_REASONS = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+
 
 class Answer:
     """One answer as it grows: text, stop strings, counts.
@@ -103,3 +108,19 @@ class Answer:
     def _logprob(self, token_id: int, logprob: float) -> inference_pb2.TokenLogprob:
         text = self._tokenizer.token_text(token_id)
         return inference_pb2.TokenLogprob(token_id=token_id, logprob=logprob, text=text)
+
+
+def finished_event(
+    answer: Answer, *, num_prompt_tokens: int, queued_s: float, ttft_s: float, total_s: float
+) -> inference_pb2.Finished:
+    """Return the last event of a complete answer."""
+    assert answer.finish_reason is not None, "it is complete"
+    return inference_pb2.Finished(
+        finish_reason=_FINISH_REASONS[answer.finish_reason],
+        usage=inference_pb2.Usage(
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=answer.num_tokens,
+            cached_tokens=answer.num_cached_tokens,
+        ),
+        timings=inference_pb2.Timings(queued_s=queued_s, ttft_s=ttft_s, total_s=total_s),
+    )

@@ -27,7 +27,7 @@ from cluster.errors import (
     SupersededError,
     UnavailableError,
 )
-from cluster.gateway.answer import Answer
+from cluster.gateway.answer import Answer, finished_event
 from cluster.gateway.answer_times import AnswerTimes
 from cluster.gateway.journal import RequestJournal
 from cluster.gateway.journal_record import JournalHeader
@@ -49,10 +49,6 @@ _MAX_REFUSALS = 2  # of replicas, until the last one is passed on
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0  # between refusals of a request that was admitted before
 _MIN_TTFT_S = 1e-6  # of an objective whose time is over
 _LOST = "LOST: "  # begins the error of a replica whose group has failed
-_FINISH_REASONS = {
-    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
-}
 
 
 class _Moved(Exception):
@@ -200,16 +196,8 @@ class Generation:
 
         if resume is not None:
             return journals.go_on(resume.state, resume.owner, on_superseded=on_superseded)
-        header = JournalHeader(
-            request_id=self._call.request_id,
-            tenant=request.tenant,
-            prompt_token_ids=request.prompt_token_ids,
-            sampling=request.sampling,
-            slo=request.slo,
-            service_class=request.service_class,
-            session=self._route.session,
-            arrived_unix_s=time.time() - (time.monotonic() - self._times.arrival_s),
-        )
+        arrived_unix_s = time.time() - (time.monotonic() - self._times.arrival_s)
+        header = JournalHeader.of(request, self._route, arrived_unix_s=arrived_unix_s)
         return journals.begin(header, on_superseded=on_superseded)
 
     async def _serve(self) -> None:
@@ -248,9 +236,9 @@ class Generation:
         times.queued_s = state.queued_s
         times.first_token_s = times.arrival_s + state.ttft_s if state.ttft_s else 0.0
         times.on_cut("client", at_s=self._call.arrival_s)
-        answer.num_cached_tokens = state.num_cached_tokens
         received, lacking = point.tokens[: point.num_received], point.tokens[point.num_received :]
         answer.replay(received)
+        answer.num_cached_tokens = state.num_cached_tokens  # when the first token came
         ahead = point.tokens[len(state.tokens) :]
         if ahead:  # the client has them, the journal lagged
             self._journal.note(point.next_seq - 1, ahead, fingerprint=state.fingerprint)
@@ -465,21 +453,14 @@ class Generation:
             metrics.completion_tokens.inc(num_tokens)
         self._life.go(RequestState.FINISHED)
         self._journal.finish(self._seq, answer.finish_reason)
-        # Of an answer that went on elsewhere the engine's share is that of its last part.
-        engine_s = 0.0 if self._route.is_resumed else answer.engine_queued_s
         await self._send(
-            finished=inference_pb2.Finished(
-                finish_reason=_FINISH_REASONS[answer.finish_reason],
-                usage=inference_pb2.Usage(
-                    prompt_tokens=num_prompt_tokens,
-                    completion_tokens=answer.num_tokens,
-                    cached_tokens=answer.num_cached_tokens,
-                ),
-                timings=inference_pb2.Timings(
-                    queued_s=times.queued_s + engine_s,
-                    ttft_s=times.ttft_s(now_s),
-                    total_s=now_s - times.arrival_s,
-                ),
+            finished=finished_event(
+                answer,
+                num_prompt_tokens=num_prompt_tokens,
+                # Of an answer that went on elsewhere the engine's share is that of its last part.
+                queued_s=times.queued_s + (0 if self._route.is_resumed else answer.engine_queued_s),
+                ttft_s=times.ttft_s(now_s),
+                total_s=now_s - times.arrival_s,
             )
         )
         return is_kept

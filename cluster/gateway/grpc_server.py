@@ -274,5 +274,6 @@ def _options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_permit_without_calls", 1),  # idle connections are pinged too
         ("grpc.keepalive_timeout_ms", min(keepalive_ms, 20_000)),
+        ("grpc.http2.ping_timeout_ms", min(keepalive_ms, 20_000)),  # a minute otherwise
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ]

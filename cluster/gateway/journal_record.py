@@ -18,7 +18,16 @@ from cluster.gateway.journal_entry import (
     unseal,
 )
 from cluster.gateway.journal_fields import EndFields, HeaderFields, ProgressFields, read_fields
-from cluster.types import NO_SLO, SLO, FinishReason, SampledToken, SamplingParams, ServiceClass
+from cluster.router.route import RouteRequest
+from cluster.types import (
+    NO_SLO,
+    SLO,
+    EngineRequest,
+    FinishReason,
+    SampledToken,
+    SamplingParams,
+    ServiceClass,
+)
 
 Mark = tuple[int, int]
 """Number of an event, and of the tokens that a client has with it."""
@@ -38,6 +47,22 @@ class JournalHeader:
     service_class: ServiceClass = ServiceClass.STANDARD
     session: str = ""  # what the router knows its session by
     arrived_unix_s: float = 0.0  # since 1970
+
+    @classmethod
+    def of(
+        cls, request: EngineRequest, route: RouteRequest, *, arrived_unix_s: float
+    ) -> JournalHeader:
+        """Return the header of a new request, by the id and session that its route has."""
+        return cls(
+            request_id=route.request_id,
+            tenant=request.tenant,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=request.sampling,
+            slo=request.slo,
+            service_class=request.service_class,
+            session=route.session,
+            arrived_unix_s=arrived_unix_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)

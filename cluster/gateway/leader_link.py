@@ -47,6 +47,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 64 * 2**20),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # a minute otherwise, whatever the timeout above is
     ("grpc.use_local_subchannel_pool", 1),  # each attempt connects anew, with our backoff
     ("grpc.enable_retries", 0),
 )
@@ -260,6 +261,8 @@ class LeaderLink:
                         await session.write(self._commands.popleft())
                 except TimeoutError as error:
                     raise UnavailableError("the leader reads no commands") from error
+                except asyncio.InvalidStateError as error:  # gRPC's, of a call that has ended
+                    raise UnavailableError("the leader ended the session") from error
 
     async def _watch(self, stub: engine_pb2_grpc.EngineStub) -> None:
         while True:

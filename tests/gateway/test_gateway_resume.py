@@ -300,9 +300,9 @@ async def test_request_that_replicas_died_of_fails_again_in_the_same_way() -> No
         journal = await running.store.read_journal("r")
         assert journal is not None
         end = seal(EntryKind.END, 1, -1, None, "INTERNAL: two replicas died of it")
-        write = JournalWrite("r", "", "x", (journal.entries[0], end), begins=True, ends=True)
+        write = JournalWrite("died", "", "x", (journal.entries[0], end), begins=True, ends=True)
         await running.store.write_journals([write])
-        code, reason, message = await refusal(resume(stub, nothing()))
+        code, reason, message = await refusal(resume(stub, nothing(), "died"))
         assert (code, reason) == ("INTERNAL", "POISONOUS_REQUEST")
         assert message == "two replicas died of it"
 
