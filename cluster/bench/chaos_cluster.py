@@ -191,7 +191,7 @@ def running_cluster(
         UnavailableError: It did not come up.
     """
     family = Family()
-    redis = OwnRedis()
+    redis = OwnRedis(niceness=0)
     cluster: ChaosCluster | None = None
     try:
         config = make_config(redis.url)

@@ -73,7 +73,7 @@ class ResumptionCluster:
 
     async def __aenter__(self) -> Self:
         async with contextlib.AsyncExitStack() as stack:
-            redis = await asyncio.to_thread(OwnRedis)
+            redis = await asyncio.to_thread(OwnRedis, niceness=0)
             stack.callback(redis.close)
             self._config = _config_of(self.layout, redis.url)
             if self._nursery is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -19,21 +20,24 @@ def resumption_report(figures: dict[str, Any]) -> RenderableType:
     """Return the table of one `resumption.run_resumption_bench` result, and what went wrong."""
     load, asked = figures["load"], ASKED_S[figures["load"]["kind"]]
     aims = ", ".join(f"{name} at most {aim_s * 1e3:.0f} ms" for name, aim_s in asked.items())
+    indexes = "every token index" if load["every"] == 1 else f"every {load['every']}th token index"
     table = Table(
-        *("", "indexes", "streams", "same", "differ", "failed", "missed", "p50", "p99", "max"),
-        title=f"kill -9 of a {load['kind']} at every token index, {load['dtype']}; gaps in ms; "
+        *("", "indexes", "same", "differ", "failed", "missed", "p50", "p99", "max"),
+        title=f"kill -9 of a {load['kind']} at {indexes}, {load['dtype']}; gaps in ms\n"
         f"asked: all the same, {aims}",
         title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),  # narrow enough for 80 columns
     )
     for column in table.columns:
         column.no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for case in figures["cases"]:
-        counts = (case["num_indexes"], case["num_streams"], case["num_identical"])
+        counts = (case["num_indexes"], case["num_identical"])
         wrong = (len(case["different"]), len(case["failed"]), len(case["missed"]))
         table.add_row(case["name"], *map(str, (*counts, *wrong)), *_gaps(case["gap_s"], asked))
-    totals = ("num_streams", "num_identical", "num_different", "num_failed", "num_missed")
+    totals = ("num_identical", "num_different", "num_failed", "num_missed")
     cells = [str(figures[name]) for name in totals]
     table.add_row("all", "", *cells, *_gaps(figures["gap_s"], asked), style="bold")
     return Group(table, *_findings(figures))

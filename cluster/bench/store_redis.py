@@ -24,12 +24,16 @@ _SCHEMES = ("redis", "rediss", "unix")
 class OwnRedis:
     """A server on a free port of this machine.
 
+    Args:
+        niceness: On top of this process's: how far it gives way to what is measured beside it.
+
     Raises:
         ConfigError: redis-server is not installed.
         UnavailableError: It did not start.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, niceness: int = NICENESS) -> None:
+        self._niceness = niceness
         if shutil.which("redis-server") is None:
             raise ConfigError(
                 "redis-server is not installed: install it, or name a server with --redis",
@@ -67,8 +71,7 @@ class OwnRedis:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
         )
-        # On the same cores as the model it is asked to give way, as a mover does by itself.
-        os.setpriority(os.PRIO_PROCESS, self._process.pid, os.nice(0) + NICENESS)
+        os.setpriority(os.PRIO_PROCESS, self._process.pid, os.nice(0) + self._niceness)
         deadline_s = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline_s:

@@ -11,6 +11,7 @@ from rich.console import Console
 from cluster.cli.bench_batching import bench_batching
 from cluster.cli.bench_chaos import bench_chaos
 from cluster.cli.bench_engine import bench_engine
+from cluster.cli.bench_resumption import bench_resumption
 from cluster.cli.bench_router import bench_router
 from cluster.cli.bench_serve import bench_serve
 from cluster.cli.bench_store import bench_store
@@ -26,6 +27,7 @@ bench.command("batching")(bench_batching)
 bench.command("store")(bench_store)
 bench.command("router")(bench_router)
 bench.command("serve")(bench_serve)
+bench.command("resumption")(bench_resumption)
 bench.command("chaos")(bench_chaos)
 
 
