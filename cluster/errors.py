@@ -135,6 +135,10 @@ RESUME_ELSEWHERE = "RESUME_ELSEWHERE"
 """Reason of an UnavailableError: the request is journalled, another gateway goes on with it."""
 
 
+JOURNAL_GONE = "JOURNAL_GONE"
+"""Reason of an UnavailableError: a stream was cut off, and nobody knows of it any more."""
+
+
 class UnavailableError(SluiceError):
     """No process can do this now: none is up, it died, or it is shutting down.
 

@@ -15,11 +15,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import zip_longest
 
-from cluster.errors import NotFoundError, OverloadedError, PoisonError, SluiceError
+from cluster.errors import (
+    JOURNAL_GONE,
+    NotFoundError,
+    OverloadedError,
+    PoisonError,
+    SluiceError,
+)
 
 MAX_LOGPROB_ERROR = 1e-4
-JOURNAL_GONE = "JOURNAL_GONE"
-"""Reason of an UnavailableError: the client has tokens, and nobody knows the request any more."""
 
 _REPEAT_TOKENS = 4  # so many in a row are no accident
 

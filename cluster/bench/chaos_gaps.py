@@ -75,6 +75,8 @@ def victim_gaps_s(fault: FaultRecord, traces: Sequence[Trace]) -> list[float]:
     for trace in traces:
         if not (trace.begin_s <= fault.begin_s < trace.end_s and _is_victim(fault, trace, window)):
             continue
+        if sum(time_s > fault.begin_s for times in trace.stretches for time_s in times) < 2:
+            continue  # all but its end was on its way already: nothing was left to hit
         touching = [b - a for a, b in trace.gaps() if a < window[1] and b > window[0]]
         if touching:
             found.append(max(touching))

@@ -99,12 +99,23 @@ def memory_leaks(lives: Sequence[Life]) -> list[str]:
     return found
 
 
-def why_not_quiet(states: Sequence[ClusterState], num_gateways: int) -> list[str]:
-    """Return what is still held, in words; nothing where the cluster is quiet."""
+def why_not_quiet(
+    states: Sequence[ClusterState], num_gateways: int, num_replicas: int
+) -> list[str]:
+    """Return who is missing and what is still held, in words; nothing where all is quiet.
+
+    Args:
+        states: As each gateway that answers sees the cluster.
+        num_gateways: That should.
+        num_replicas: That each of them should reach.
+    """
     found = []
     if len(states) < num_gateways:
         found.append(f"{len(states)} of {num_gateways} gateways answer")
     for state in states:
+        num_ready = sum(replica.state == "ready" for replica in state.replicas)
+        if num_ready != num_replicas:
+            found.append(f"gateway {state.gateway_id} has {num_ready} of {num_replicas} replicas")
         for name in ("num_inflight", "num_queued"):
             if value := getattr(state, name):
                 found.append(f"{name} of gateway {state.gateway_id} is {value}")

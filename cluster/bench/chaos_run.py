@@ -69,16 +69,22 @@ class ChaosRun:
         addresses = await network.start(NUM_PATHS)
         store = self._cluster.open_store()
         watching = asyncio.create_task(self._watch.run(store, self._faults))
+        tasks = [watching, asyncio.create_task(self._run(network, addresses, store))]
         try:
-            await self._run(network, addresses, store)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:  # the watch by itself ends with an error only
+                task.result()
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await network.close()
             await store.close()
 
     async def _run(self, network: ClientNetwork, addresses: list[str], store: Store) -> None:
         plan, tell = self._plan, self._listener.tell
+        tell("waiting until every gateway has every replica")
+        await self._settle("before all")
         tell("asking in quiet")
         model = inspect_checkpoint(self._cluster.config.model.folder)
         self._reference = await learn(
@@ -87,7 +93,7 @@ class ChaosRun:
             num_at_once=plan.num_streams,
             now=self._now,
         )
-        await self._settle("before")
+        await self._settle("before the load")
         self._before = await self._watch.inventory()
         await self._disturb(network, addresses, self._reference)
         tell("waiting until it is quiet again")
@@ -97,7 +103,7 @@ class ChaosRun:
     async def _settle(self, when: str) -> list[str]:
         held = await self._watch.settle(SETTLE_TIMEOUT_S)
         if held and when:
-            raise UnavailableError(f"the cluster is not quiet {when} the load: {'; '.join(held)}")
+            raise UnavailableError(f"the cluster is not whole and quiet {when}: {'; '.join(held)}")
         return held
 
     async def _disturb(

@@ -70,10 +70,11 @@ class Watch:
         Args:
             timeout_s: At the most.
         """
-        num_gateways = self._cluster.config.gateway.num_replicas
+        config = self._cluster.config
+        wanted = (config.gateway.num_replicas, config.replica.num_replicas)
         deadline_s = self._now() + timeout_s
         while True:
-            found = why_not_quiet(await self._cluster.statuses(), num_gateways)
+            found = why_not_quiet(await self._cluster.statuses(), *wanted)
             if not self.look.standing.is_whole:
                 found.append("replicas or gateways are missing")
             if not found or self._now() > deadline_s:

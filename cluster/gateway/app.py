@@ -77,7 +77,11 @@ class Gateway:
     async def _keep_lease(self) -> None:
         ttl_s = self._config.replica.lease_ttl_s
         while True:
-            lease = {"address": self._address, "num_replicas": self._server.num_replicas}
+            lease = {
+                "address": self._address,
+                "num_replicas": self._server.num_replicas,
+                "pid": os.getpid(),
+            }
             try:
                 await self._store.put_lease(
                     GATEWAY_LEASES, self._gateway_id, json.dumps(lease).encode(), ttl_s

@@ -29,6 +29,7 @@ from cluster.errors import (
 )
 from cluster.gateway.answer import Answer, finished_event
 from cluster.gateway.answer_times import AnswerTimes
+from cluster.gateway.comeback import Comeback, ContradictionError
 from cluster.gateway.journal import RequestJournal
 from cluster.gateway.journal_record import JournalHeader
 from cluster.gateway.leader_link import LeaderLink
@@ -106,6 +107,7 @@ class Generation:
         self._fingerprint = ""  # of the model that the answer is from
         self._has_progress = False  # a token came in the present attempt
         self._seq = 0
+        self._comeback: Comeback | None = None  # until the answer has what the client has
 
     @property
     def tenant(self) -> str:
@@ -203,7 +205,7 @@ class Generation:
     async def _serve(self) -> None:
         """Have the answer completed, by as many replicas as it takes."""
         if self._resume is not None:
-            await self._replay(self._resume)
+            await self._come_back(self._resume)
         refusals = 0
         while self._answer.finish_reason is None:
             if self._suspicion.needs_trial:
@@ -216,6 +218,9 @@ class Generation:
                     await self._attempt(replica_id, outcome.slo)
                 except _Moved:
                     self._cut("moved")
+                except ContradictionError:
+                    self._comeback = None
+                    self._cut("client")
                 except ReplicaLostError as error:
                     self._note_lost(replica_id, error)
                     if not error.may_return:
@@ -227,27 +232,20 @@ class Generation:
             finally:
                 self._trial.end()
 
-    async def _replay(self, resume: Resumption) -> None:
-        """Take what is known of the answer; send what the client lacks of it."""
-        state, point, answer = resume.state, resume.point, self._answer
-        self._seq = point.next_seq
-        self._fingerprint = state.fingerprint
-        times = self._times
+    async def _come_back(self, resume: Resumption) -> None:
+        """Bring the answer to where its client has it; send what that lacks."""
+        state, times = resume.state, self._times
+        self._seq, self._fingerprint = resume.point.next_seq, state.fingerprint
         times.queued_s = state.queued_s
         times.first_token_s = times.arrival_s + state.ttft_s if state.ttft_s else 0.0
         times.on_cut("client", at_s=self._call.arrival_s)
-        received, lacking = point.tokens[: point.num_received], point.tokens[point.num_received :]
-        answer.replay(received)
-        answer.num_cached_tokens = state.num_cached_tokens  # when the first token came
-        ahead = point.tokens[len(state.tokens) :]
-        if ahead:  # the client has them, the journal lagged
-            self._journal.note(point.next_seq - 1, ahead, fingerprint=state.fingerprint)
+        has_logprobs = self._request.sampling.num_logprobs >= 0
+        comeback = Comeback(resume, self._answer, self._journal, has_logprobs=has_logprobs)
+        delta = comeback.replay()
+        self._comeback = None if comeback.is_complete else comeback
         self._route = self._next_route()
-        if lacking or state.finish_reason is not None:
-            rest = EngineOutput("", lacking, state.num_cached_tokens, state.finish_reason)
-            delta = answer.feed([rest])
-            if delta.token_ids or delta.text:
-                await self._send(delta=delta)
+        if delta.token_ids or delta.text:
+            await self._send(delta=delta)
 
     def _note_lost(self, replica_id: str, error: ReplicaLostError) -> None:
         """Hold the loss of a replica against the request.
@@ -356,6 +354,7 @@ class Generation:
 
         Raises:
             _Moved: It hands the request over.
+            ContradictionError: It goes on otherwise than the client has it.
             ReplicaLostError: It was lost.
             OverloadedError: It does not take the request.
             UnavailableError: Likewise.
@@ -399,9 +398,14 @@ class Generation:
         if last.error is not None or ends_early:
             outputs = outputs[:-1]
         if outputs:
-            delta = self._answer.feed(outputs)
-            if delta.token_ids:
+            if any(output.tokens for output in outputs):
                 self._note_tokens()
+            if self._comeback is not None:
+                outputs = self._comeback.confirm(outputs)
+                self._comeback = None if self._comeback.is_complete else self._comeback
+                if self._answer.finish_reason is not None:
+                    return
+            delta = self._answer.feed(outputs)
             if delta.token_ids or delta.text:
                 await self._send(self._answer.new_tokens, delta=delta)
         if self._answer.finish_reason is not None:

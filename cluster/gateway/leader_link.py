@@ -187,7 +187,8 @@ class LeaderLink:
 
     async def _run(self) -> None:
         backoff_s = _MIN_BACKOFF_S
-        while True:
+        # A group of tasks one of which fails while it is cancelled forgets that it was.
+        while not self._is_stopped:
             try:
                 await self._connect()
             except* (grpc.aio.AioRpcError, UnavailableError) as group:

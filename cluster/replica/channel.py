@@ -109,15 +109,21 @@ class ChannelListener:
                 kind, index = channel.receive()
                 assert kind == "hello", kind
                 channels[index] = channel
-        waiting = list(channels.values())
+        waiting = {channel: index for index, channel in channels.items()}
         while waiting:
             self._check_open()
             for channel in wait_readable(waiting, timeout_s=POLL_S):
-                kind, index, facts = channel.receive()
+                try:
+                    kind, index, facts = channel.receive()
+                except UnavailableError as error:
+                    raise UnavailableError(
+                        f"worker {waiting[channel]} ended without a word while it started: too "
+                        "little memory does that, and a full /dev/shm; its log may say more"
+                    ) from error
                 if kind != "ready":
                     raise UnavailableError(f"worker {index}: {facts}")
                 on_ready(index, facts)
-                waiting.remove(channel)
+                del waiting[channel]
         return [channels[index] for index in range(self._num_workers)]
 
     def _accept(self, send_timeout_s: float) -> Channel | None:

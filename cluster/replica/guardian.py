@@ -20,7 +20,7 @@ import sys
 import time
 
 TICK_S = 0.1
-GRACE_S = 0.5  # for what ends by itself when the process is gone
+GRACE_S = 0.3  # for what ends by itself when the process is gone
 _SHARED_MEMORY = "/dev/shm/"
 
 

@@ -15,6 +15,7 @@ import random
 from dataclasses import dataclass
 
 from cluster.errors import (
+    JOURNAL_GONE,
     RESUME_ELSEWHERE,
     DeadlineError,
     InvalidArgumentError,
@@ -178,7 +179,8 @@ class ResumingStream:
             if self._query.begin is None or self._progress.num_tokens:
                 raise UnavailableError(
                     f"request {self._query.request_id!r} was cut off after "
-                    f"{self._progress.num_tokens} tokens and its journal is gone: ask again"
+                    f"{self._progress.num_tokens} tokens and its journal is gone: ask again",
+                    reason=JOURNAL_GONE,
                 )
             self._is_resume = False
             return True

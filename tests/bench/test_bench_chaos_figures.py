@@ -50,6 +50,12 @@ def test_victim_is_on_the_replica_that_had_it_when_the_fault_came() -> None:
     assert victim_gaps_s(fault("kill-leader", "r1", 11.0), [moved]) == pytest.approx([0.1])
 
 
+def test_stream_that_had_all_but_its_end_is_no_victim() -> None:
+    ending, going = trace([8.0, 9.9, 10.06]), trace([8.0, 9.9, 10.06, 10.08])
+    assert victim_gaps_s(fault("kill-leader", "r0", 10.05), [ending]) == []
+    assert victim_gaps_s(fault("kill-leader", "r0", 10.05), [going]) == pytest.approx([0.16])
+
+
 def test_gap_of_a_killed_gateway_is_that_of_the_clients_that_went_on_elsewhere() -> None:
     hit = trace(steady(0.8), resumptions=[(10.0, 10.8)])
     late = trace(steady(0.8), resumptions=[(16.0, 16.5)])

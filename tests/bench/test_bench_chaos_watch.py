@@ -95,11 +95,14 @@ def replica(**changes: Any) -> ReplicaState:
 
 def test_quiet_is_when_nobody_holds_anything() -> None:
     quiet = ClusterState("g1", 0, 0, (replica(),))
-    assert why_not_quiet([quiet], 1) == []
-    assert why_not_quiet([quiet], 2) == ["1 of 2 gateways answer"]
+    assert why_not_quiet([quiet], 1, 1) == []
+    assert why_not_quiet([quiet], 2, 1) == ["1 of 2 gateways answer"]
+    blind = replace(quiet, replicas=(replica(), replica(state="connecting")))
+    assert why_not_quiet([quiet, blind], 2, 1) == []
+    assert why_not_quiet([blind], 1, 2) == ["gateway g1 has 1 of 2 replicas"]
     busy = replace(quiet, num_inflight=2, num_queued=1)
     held = replica(num_running=1, num_waiting=2, num_free_blocks=5)
-    assert why_not_quiet([replace(busy, replicas=(held,))], 1) == [
+    assert why_not_quiet([replace(busy, replicas=(held,))], 1, 1) == [
         "num_inflight of gateway g1 is 2",
         "num_queued of gateway g1 is 1",
         "replica r1 has 3 requests",

@@ -134,6 +134,20 @@ def test_worker_that_fails_to_start_is_reported_with_its_reason() -> None:
     worker.close()
 
 
+def test_worker_that_ends_while_it_starts_is_named() -> None:
+    listener = ChannelListener("127.0.0.1", 1)
+    pool = ThreadPoolExecutor(1)
+    accepting = pool.submit(
+        listener.accept_all, timeout_s=10, send_timeout_s=1, on_ready=lambda i, f: None
+    )
+    worker = connect(listener.address, listener.auth_key, send_timeout_s=1)
+    worker.send("hello", 0)
+    worker.close()
+    with pytest.raises(UnavailableError, match="worker 0 ended without a word"):
+        accepting.result(timeout=5)
+    listener.close()
+
+
 def test_executor_returns_results_in_the_order_of_the_steps(pair: Any) -> None:
     leader, workers = pair
     executor = GroupExecutor(leader, num_blocks=8, num_stages=2)

@@ -36,10 +36,15 @@ class SlowExecutor(FakeExecutor):
 
     step_s = 0.0
     measured_s = 0.0  # that it tells; 0 tells nothing
+    num_shutdowns = 0
 
     def collect(self, timeout_s: float) -> StepResult:
         time.sleep(self.step_s)
         return replace(super().collect(timeout_s), elapsed_s=self.measured_s)
+
+    def shutdown(self) -> None:
+        self.num_shutdowns += 1
+        super().shutdown()
 
 
 class Group:
@@ -179,7 +184,7 @@ async def test_owner_that_ends_a_leaving_replica_ends_it_once() -> None:
         await asyncio.wait_for(group.leader.wait_drained(), 10)
         await asyncio.gather(group.leader.stop(), group.leader.stop())
         await until(lambda: group.ends)
-    assert group.ends == ["drained"]
+    assert group.ends == ["drained"] and group.executor.num_shutdowns == 1
 
 
 async def test_failed_engine_ends_requests_and_group_once() -> None:

@@ -174,18 +174,20 @@ async def test_request_that_is_handed_over_ends_as_moved() -> None:
         leader.executor.gate.clear()
         await session.submit("a", max_tokens=4000)
         await session.submit("b")
-        await until(lambda: leader.executor.plans)
+        await until(lambda: leader.executor.plans and leader.servicer.num_requests == 2)
+        num_before = leader.loop.num_commands
         await session.hand_over("a")
-        await until(lambda: leader.loop.num_commands)
         await session.hand_over("a")
         await session.hand_over("unknown")
         await session.hand_over("b")
-        await until(lambda: leader.loop.num_commands >= 2)
-        assert leader.loop.num_commands <= 3, "each is asked for once, strangers never"
+        await session.submit("c")
+        await until(lambda: leader.servicer.num_requests == 3)
+        assert leader.loop.num_commands == num_before + 3, "each is asked for once, strangers never"
         leader.executor.gate.set()
-        outputs = await session.outputs(num_ends=2)
+        outputs = await session.outputs(num_ends=3)
         ends = {o.request_id: o.finish_reason for o in outputs if o.finish_reason}
-        assert ends == {"a": FinishReason.MOVED, "b": FinishReason.MOVED}
+        moved, length = FinishReason.MOVED, FinishReason.LENGTH
+        assert ends == {"a": moved, "b": moved, "c": length}
         await until(lambda: leader.servicer.num_requests == 0)
         await until(lambda: leader.engine.load().num_free_blocks == 1024)
 
