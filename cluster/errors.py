@@ -162,7 +162,6 @@ class ReplicaLostError(UnavailableError):
         may_return: Whether it may be there again under its id: its connection was lost.
     """
 
-    def __init__(self, message: str, *, num_suspects: int = 1, may_return: bool = True) -> None:
+    def __init__(self, message: str, *, may_return: bool = True) -> None:
         super().__init__(message)
-        self.num_suspects = num_suspects
         self.may_return = may_return

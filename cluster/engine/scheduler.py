@@ -391,7 +391,8 @@ class Scheduler:
         return self._goes_on(sequence, index, now_s)
 
     def _note_hits(self, sequence: Sequence, first: int, end: int, now_s: float) -> None:
-        num_tokens = (end - first) * self._block_size
+        most = sequence.num_prompt_tokens  # blocks of an answer that goes on here count for nothing
+        num_tokens = min(end * self._block_size, most) - min(first * self._block_size, most)
         sequence.num_cached_tokens += num_tokens
         self.num_prefix_hit_tokens += num_tokens
         assert self.tiers is not None, "only tiers let a sequence catch up"

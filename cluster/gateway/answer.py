@@ -42,8 +42,16 @@ class Answer:
         """Take tokens that the client has, with all that followed from them."""
         self.feed([EngineOutput("", tuple(tokens))])
 
-    def feed(self, outputs: Iterable[EngineOutput]) -> inference_pb2.TokenDelta:
-        """Take outputs that did not fail; return their text and tokens as one delta."""
+    def feed(
+        self, outputs: Iterable[EngineOutput], *, tail_is_due: bool = False
+    ) -> inference_pb2.TokenDelta:
+        """Take outputs that did not fail; return their text and tokens as one delta.
+
+        Args:
+            outputs: In order.
+            tail_is_due: Whether an end without a token brings the text that was held back: the
+                client has not got the last token yet.
+        """
         tokens: list[SampledToken] = []
         end: FinishReason | None = None
         for output in outputs:
@@ -63,7 +71,7 @@ class Answer:
             rest = self._flush(end)
             # The end comes with the last token. Alone it is that of an answer that was complete
             # before it went on here: its client has had the rest of the text with that token.
-            text += rest if tokens else ""
+            text += rest if tokens or tail_is_due else ""
         return inference_pb2.TokenDelta(
             text=text,
             token_ids=[token.token_id for token in tokens],

@@ -53,7 +53,7 @@ class Fleet:
         self._store = store
         self._gateway_id = gateway_id
         self._peers: list[str] = []
-        self._silence_s = config.lease_ttl_s
+        self._silence_s = config.heartbeat_timeout_s
         self._registry = Registry(store)
         self._links: dict[str, LeaderLink] = {}
         self._quarantined: set[str] = set()  # ids of replicas that cannot be what they say

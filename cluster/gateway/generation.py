@@ -29,12 +29,12 @@ from cluster.errors import (
 )
 from cluster.gateway.answer import Answer, finished_event
 from cluster.gateway.answer_times import AnswerTimes
-from cluster.gateway.comeback import Comeback, ContradictionError
+from cluster.gateway.comeback import Comeback, ContradictionError, fingerprint_of
 from cluster.gateway.journal import RequestJournal
 from cluster.gateway.journal_record import JournalHeader
 from cluster.gateway.leader_link import LeaderLink
 from cluster.gateway.parts import ClientCall, GatewayParts, Resumption
-from cluster.gateway.request_life import RequestLife, RequestState
+from cluster.gateway.request_life import RequestLife, RequestState, is_final
 from cluster.gateway.routing import rest_of, route_of
 from cluster.gateway.status import error_from_engine
 from cluster.gateway.suspicion import Suspicion
@@ -184,6 +184,7 @@ class Generation:
         self._life.go(state)
         if isinstance(error, PoisonError):
             self._parts.metrics.quarantined.inc()
+        if error is not None and is_final(error, was_admitted=self._route.is_resumed):
             self._journal.fail(error)
         self._journal.close()
 
@@ -235,34 +236,40 @@ class Generation:
     async def _come_back(self, resume: Resumption) -> None:
         """Bring the answer to where its client has it; send what that lacks."""
         state, times = resume.state, self._times
-        self._seq, self._fingerprint = resume.point.next_seq, state.fingerprint
+        self._seq = resume.point.next_seq
+        self._fingerprint = fingerprint_of(resume, self._parts.fleet.table.kinds)
         times.queued_s = state.queued_s
         times.first_token_s = times.arrival_s + state.ttft_s if state.ttft_s else 0.0
         times.on_cut("client", at_s=self._call.arrival_s)
         has_logprobs = self._request.sampling.num_logprobs >= 0
         comeback = Comeback(resume, self._answer, self._journal, has_logprobs=has_logprobs)
-        delta = comeback.replay()
-        self._comeback = None if comeback.is_complete else comeback
-        self._route = self._next_route()
-        if delta.token_ids or delta.text:
-            await self._send(delta=delta)
+        for delta in comeback.replay():
+            # Not noted: the journal takes an event to bring all that it has.
+            await self._send(is_noted=False, delta=delta)
+            await asyncio.sleep(0)  # a long answer is not all that this gateway has to do
+        self._comeback = comeback if self._answer.finish_reason is None else None
+        if resume.has_run:
+            self._route = self._next_route()
 
     def _note_lost(self, replica_id: str, error: ReplicaLostError) -> None:
         """Hold the loss of a replica against the request.
 
         Raises:
             PoisonError: It has lost one after the other.
-            UnavailableError: It has lost as many as it may.
+            ReplicaLostError: It has lost as many as it may.
         """
         suspicion, others = self._suspicion, self._parts.running.values()
         mine = 0 if self._has_progress else suspicion.num_blank + 1
         self._suspect_of = replica_id
-        is_alone = all(x is self or x.num_blank_with(replica_id) < mine for x in others)
+        # Of requests of other gateways there nothing is known.
+        is_alone = not self._parts.fleet.has_peers and all(
+            x is self or x.num_blank_with(replica_id) < mine for x in others
+        )
         suspicion.on_lost(gave_token=self._has_progress, is_alone=is_alone)
         self._num_lost += 1
         limit = self._parts.config.gateway.max_attempts
         if self._num_lost >= limit:
-            raise UnavailableError(
+            raise ReplicaLostError(
                 f"{limit} replicas were lost with it, gateway.max_attempts={limit}: {error}"
             )
 
@@ -368,7 +375,10 @@ class Generation:
         self._engine_id = f"{self._parts.gateway_id}.{next(self._parts.serial)}"
         stream = link.submit(self._engine_request(slo))
         self._link = link
+        if not self._answer.num_tokens:  # noted with `running`, before a client can have a token
+            self._fingerprint = link.info.fingerprint
         self._times.on_submit(time.monotonic())
+        self._journal.timings(self._times.queued_s, 0.0)
         note_replica(self._call.span, replica_id)
         try:
             await self._send(running=inference_pb2.Running(replica_id=replica_id))
@@ -400,12 +410,7 @@ class Generation:
         if outputs:
             if any(output.tokens for output in outputs):
                 self._note_tokens()
-            if self._comeback is not None:
-                outputs = self._comeback.confirm(outputs)
-                self._comeback = None if self._comeback.is_complete else self._comeback
-                if self._answer.finish_reason is not None:
-                    return
-            delta = self._answer.feed(outputs)
+            delta = self._feed(outputs)
             if delta.token_ids or delta.text:
                 await self._send(self._answer.new_tokens, delta=delta)
         if self._answer.finish_reason is not None:
@@ -418,6 +423,15 @@ class Generation:
             raise _Moved
         if last.finish_reason is FinishReason.CANCELLED:
             raise CancelledError("the replica cancelled the request")
+
+    def _feed(self, outputs: list[EngineOutput]) -> inference_pb2.TokenDelta:
+        """Take outputs; return what their client has not seen."""
+        if self._comeback is None:
+            return self._answer.feed(outputs)
+        delta = self._comeback.feed(outputs)
+        if self._comeback.is_over:
+            self._comeback = None
+        return delta
 
     def _note_tokens(self) -> None:
         """Note when tokens came, not when a slow client took them."""
@@ -434,8 +448,6 @@ class Generation:
     def _note_progress(self, now_s: float) -> None:
         """Note the first token of an attempt: the replica lives with the request."""
         parts = self._parts
-        assert self._link is not None, "tokens come from a replica"
-        self._fingerprint = self._link.info.fingerprint
         self._suspicion.on_token()
         self._suspect_of = ""
         self._trial.end()
@@ -480,16 +492,19 @@ class Generation:
             raise DeadlineError("the deadline passed before the answer was complete")
         return remaining_s
 
-    async def _send(self, tokens: Sequence[SampledToken] = (), **event: Any) -> None:
+    async def _send(
+        self, tokens: Sequence[SampledToken] = (), *, is_noted: bool = True, **event: Any
+    ) -> None:
         """Send the next event.
 
         Args:
             tokens: Of it, that the journal does not have.
+            is_noted: Whether the journal learns of it.
             **event: One field of the message.
         """
         seq = self._seq
         self._seq += 1
-        if not self._life.is_over:
+        if is_noted and not self._life.is_over:
             self._journal.note(
                 seq,
                 tokens,

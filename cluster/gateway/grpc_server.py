@@ -146,7 +146,9 @@ class GatewayServer:
             gateway_id=self._gateway_id,
             on_change=self._on_fleet_change,
         )
-        self._hand_overs = HandOvers(self._running.values, self._fleet.is_draining)
+        self._hand_overs = HandOvers(
+            self._running.values, self._fleet.is_draining, asyncio.get_running_loop().call_later
+        )
         self._prefixes = Prefixes(
             self._store,
             config.gateway,

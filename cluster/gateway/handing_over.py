@@ -13,6 +13,9 @@ from typing import Protocol
 MAX_MOVES = 8
 """Requests of one gateway between two replicas at once."""
 
+MOVE_S = 1.0
+"""After so long a request that is on its way holds up no other: its client may read nothing."""
+
 
 class Movable(Protocol):
     """A request that runs; what decides about its move."""
@@ -38,16 +41,19 @@ class HandOvers:
     Args:
         running: The requests of this gateway.
         is_draining: Of a replica, by its id.
+        later: Calls something after so many seconds.
     """
 
     def __init__(
         self,
         running: Callable[[], Iterable[Movable]],
         is_draining: Callable[[str], bool],
+        later: Callable[[float, Callable[[], None]], object],
     ) -> None:
         self._running = running
         self._is_draining = is_draining
-        self._moving: set[Movable] = set()
+        self._later = later
+        self._moving: dict[Movable, bool] = {}  # whether it still holds up others
 
     @property
     def num_moving(self) -> int:
@@ -56,17 +62,24 @@ class HandOvers:
 
     def poke(self) -> None:
         """Look again: a replica has come, gone or begun to drain."""
+        num_free = MAX_MOVES - sum(self._moving.values())
         for request in list(self._running()):
-            if len(self._moving) >= MAX_MOVES:
+            if num_free <= 0:
                 return
             replica_id = request.replica_id
             is_asked = request in self._moving
             if replica_id and not is_asked and self._is_draining(replica_id) and request.can_move:
-                self._moving.add(request)
+                self._moving[request] = True
+                num_free -= 1
+                self._later(MOVE_S, lambda request=request: self._let_others(request))  # type: ignore[misc]
                 request.hand_over()
 
     def done(self, request: Movable) -> None:
         """Note that a request goes on elsewhere, or has ended; the next one may move."""
-        if request in self._moving:
-            self._moving.remove(request)
+        if self._moving.pop(request, None) is not None:
+            self.poke()
+
+    def _let_others(self, request: Movable) -> None:
+        if self._moving.get(request):
+            self._moving[request] = False
             self.poke()

@@ -211,6 +211,10 @@ class Journals:
     def __len__(self) -> int:
         return len(self._journals)
 
+    def has(self, request_id: str) -> bool:
+        """Return whether something of a request may not be written yet."""
+        return any(journal.request_id == request_id for journal in self._journals)
+
     @staticmethod
     def new_owner() -> str:
         """Return a name that nobody else has."""

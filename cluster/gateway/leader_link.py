@@ -94,11 +94,9 @@ class LeaderLink:
         self._watch_pause_s = 0.0  # before the present watch
         self._next_watch_s = 0.0  # none is opened before, by the gateway's clock
         self._streams: dict[str, OutputStream] = {}
-        self._unanswered: dict[str, None] = {}  # of these, what has got no output yet
         self._commands: deque[engine_pb2.SessionRequest] = deque()
         self._has_commands = asyncio.Event()
         self._is_connected = False
-        self._is_draining = asyncio.Event()
         self._stub: engine_pb2_grpc.EngineStub | None = None
         self._loss = ""  # why the connection was given up
         self._is_stopped = False
@@ -126,7 +124,6 @@ class LeaderLink:
         if len(self._commands) >= _MAX_COMMANDS:
             raise UnavailableError(f"replica {self.info.replica_id} does not keep up: try again")
         stream = self._streams[request.request_id] = OutputStream()
-        self._unanswered[request.request_id] = None
         self._send(engine_pb2.SessionRequest(submit=convert.submit_to_proto(request)))
         return stream
 
@@ -140,10 +137,6 @@ class LeaderLink:
         if request_id in self._streams:
             hand_over = engine_pb2.HandOver(request_id=request_id)
             self._send(engine_pb2.SessionRequest(hand_over=hand_over))
-
-    async def wait_draining(self) -> None:
-        """Return as soon as the newest report of the load says that the replica drains."""
-        await self._is_draining.wait()
 
     async def drain(self, timeout_s: float) -> int:
         """Have the replica take no new requests and leave; return how many it has.
@@ -178,7 +171,6 @@ class LeaderLink:
             ) from error
 
     def _forget(self, request_id: str) -> OutputStream | None:
-        self._unanswered.pop(request_id, None)
         return self._streams.pop(request_id, None)
 
     def _send(self, command: engine_pb2.SessionRequest) -> None:
@@ -218,18 +210,15 @@ class LeaderLink:
 
     def _lose(self) -> None:
         self._is_connected = False
-        self._is_draining.clear()
         self._stub = None
         self._commands.clear()
         streams, self._streams = self._streams, {}
-        num_suspects, self._unanswered = max(1, len(self._unanswered)), {}
         error: SluiceError
         if self._is_stopped:
             error = UnavailableError("this gateway is shutting down: connect again")
         else:
             error = ReplicaLostError(
-                f"replica {self.info.replica_id} died: {self._loss}; try again",
-                num_suspects=num_suspects,
+                f"replica {self.info.replica_id} died: {self._loss}; try again"
             )
         for stream in streams.values():
             stream.fail(error)
@@ -246,7 +235,6 @@ class LeaderLink:
                 stream = self._streams.get(message.request_id)
                 if stream is None:  # cancelled; its last outputs were on the way
                     continue
-                self._unanswered.pop(message.request_id, None)
                 if message.end:
                     self._forget(message.request_id)
                 stream.push(convert.output_from_proto(message))
@@ -331,8 +319,6 @@ class LeaderLink:
             self._counts.num_quarantines += 1
             raise _WatchError(f"quarantined, for it reports nonsense: {reason}")
         now_s = time.monotonic()
-        if message.is_snapshot or message.HasField("load"):
-            (self._is_draining.set if load.is_draining else self._is_draining.clear)()
         if message.is_snapshot:
             # In this order: what is in the table has its slot in the index.
             self._index.replace(replica_id, message.added)

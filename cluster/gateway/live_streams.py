@@ -53,8 +53,8 @@ class LiveStreams:
         """Whether nothing runs here."""
         return not any(self._num_live.values())
 
-    async def start(self, tenant: str, limit: int | None) -> bool:
-        """Count one more, if that is within the limit; return whether it is. None is no limit.
+    async def start(self, tenant: str, limit: int) -> bool:
+        """Count one more, if that is within the limit; return whether it is.
 
         Raises:
             UnavailableError: The store does not answer; nothing is counted.
@@ -62,7 +62,7 @@ class LiveStreams:
         period = self._period()
         await self._carry(tenant, period)
         total = await self._store.count(_key(tenant, period), 1, _TTL_S, at_most=limit)
-        if limit is not None and total > limit:
+        if total > limit:
             return False
         # Nothing is awaited from here on: what was counted is known here.
         self._num_live[tenant] = self._num_live.get(tenant, 0) + 1

@@ -75,3 +75,8 @@ class Resumption:
     state: JournalState
     point: ResumePoint
     owner: str  # with which its journal was claimed; of a finished one empty
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it was given to a replica before: who was never let in has to ask again."""
+        return bool(self.point.tokens or self.state.queued_s)

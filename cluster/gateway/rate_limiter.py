@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 RATE_LIMITED = "RATE_LIMITED"
 """Reason of refusals, for clients."""
 
+RESUMED_FACTOR = 2
+"""Times `max_streams` that a tenant may have where requests go on in another call."""
+
 _REQUESTS, _TOKENS = "requests_per_minute", "tokens_per_minute"
 _TTL_S = 3 * WINDOW_S  # a minute's count is read until the next one has passed
 
@@ -114,12 +117,18 @@ class RateLimiter:
     async def readmit(
         self, caller: Caller, num_tokens: int, num_new_tokens: Callable[[], int]
     ) -> AsyncIterator[None]:
-        """Hold the place of a request that goes on in another call; it may exceed the limits.
+        """Hold the place of a request that goes on in another call.
+
+        It may exceed the tokens of a minute, and `max_streams` by `RESUMED_FACTOR`: where a gateway
+        died its streams are counted for a while, and come back meanwhile.
 
         Args:
             caller: Whose limits.
             num_tokens: That its answer may still get.
             num_new_tokens: Asked at the end: of these, those that it has got.
+
+        Raises:
+            OverloadedError: So many streams are too many.
         """
         if caller.limits == NO_LIMITS:
             yield
@@ -169,8 +178,10 @@ class RateLimiter:
                 await self._store.count(_key(hold, _TOKENS), num_tokens, _TTL_S)
                 hold.counted.append(_TOKENS)
             if limits.max_streams:
-                await self._start(hold, None)
+                await self._start(hold, RESUMED_FACTOR * limits.max_streams)
         except SluiceError as error:
+            if isinstance(error, OverloadedError) and error.reason == RATE_LIMITED:
+                raise
             logger.debug("a request that goes on is not counted: %s", error)
 
     async def _count(self, hold: _Hold, name: str, limit: int, amount: int) -> None:
@@ -192,7 +203,7 @@ class RateLimiter:
             reason=RATE_LIMITED,
         )
 
-    async def _start(self, hold: _Hold, limit: int | None) -> None:
+    async def _start(self, hold: _Hold, limit: int) -> None:
         """Count one more stream, or raise that there may be no more. None is no limit."""
         if not await self._streams.start(hold.tenant, limit):
             raise OverloadedError(

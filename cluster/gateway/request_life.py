@@ -13,6 +13,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from cluster.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    OverloadedError,
+    PoisonError,
+    ReplicaLostError,
+    SluiceError,
+)
+
 
 class RequestState(StrEnum):
     """Where a request is in its life."""
@@ -57,3 +66,13 @@ class RequestLife:
         """Enter a state that may follow the present one."""
         assert state in _NEXT.get(self.state, ()), f"{self.state} is not followed by {state}"
         self.state = state
+
+
+_FINAL_ERRORS = (FailedPreconditionError, InvalidArgumentError, PoisonError, ReplicaLostError)
+
+
+def is_final(error: SluiceError, *, was_admitted: bool) -> bool:
+    """Return whether a client that resumes would be told the same again."""
+    if isinstance(error, OverloadedError):
+        return not was_admitted
+    return isinstance(error, _FINAL_ERRORS)

@@ -81,7 +81,7 @@ class Resumer:
             validation.check_token_ids(
                 message.tokens_received, limits_of(self._parts), field="tokens_received"
             )
-        if self._is_here(request_id, caller):
+        if self._is_here(request_id, caller) or self._parts.journals.has(request_id):
             await self._parts.journals.flush()
         with _asking_the_store():
             journal = await self._store.read_journal(request_id)

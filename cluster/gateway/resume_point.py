@@ -17,7 +17,7 @@ from cluster.errors import FailedPreconditionError, OutOfRangeError
 from cluster.gateway.journal_record import JournalState
 from cluster.types import SampledToken
 
-MAX_EVENTS_AHEAD = 16
+MAX_EVENTS_AHEAD = 64
 """Events without a token that a client may have and its journal not: places in a queue, mostly."""
 
 

@@ -84,8 +84,10 @@ def rest_of(
         excluded: Replicas that are not there any more, whatever is reported.
     """
     token_ids = (*request.prompt_token_ids, *output_token_ids)
+    # What fills the context needs no room for one more token: it has ended.
+    most = len(request.prompt_token_ids) + request.sampling.max_tokens - 1
     return route._replace(
-        num_prompt_tokens=len(token_ids),
+        num_prompt_tokens=min(len(token_ids), most),
         keys=PromptKeys(token_ids, salt=request.salt),
         slo=NO_SLO,  # its time is over, or kept
         excluded=excluded,

@@ -18,6 +18,7 @@ from google.rpc.status_pb2 import Status
 from cluster.errors import (
     CancelledError,
     DeadlineError,
+    FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
     OverloadedError,
@@ -35,6 +36,7 @@ _ENGINE_ERRORS: dict[str, type[SluiceError]] = {
     error.code: error
     for error in (
         InvalidArgumentError,
+        FailedPreconditionError,
         NotFoundError,
         OverloadedError,
         DeadlineError,

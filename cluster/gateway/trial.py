@@ -18,7 +18,7 @@ class Trial:
     def __init__(self, lock: asyncio.Lock, *, timeout_s: float) -> None:
         self._lock = lock
         self._timeout_s = timeout_s
-        self._is_on = False
+        self._timer: asyncio.TimerHandle | None = None  # while it is on
 
     async def begin(self) -> None:
         """Return when no other suspect runs; until `end`, none does.
@@ -35,10 +35,12 @@ class Trial:
                 "the other; its turn did not come within "
                 f"gateway.queue_timeout_s={self._timeout_s:g}"
             ) from error
-        self._is_on = True
+        # A client that reads nothing, or a long prompt, does not hold up all others.
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self.end)
 
     def end(self) -> None:
         """Let the next one begin; fine if this one has not."""
-        if self._is_on:
-            self._is_on = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
             self._lock.release()

@@ -193,7 +193,7 @@ class EngineLoop:
         try:
             while not self._is_stopping:
                 self._turn()
-        except Exception as error:  # the group has failed: everybody has to hear of it
+        except BaseException as error:  # the group has failed: everybody has to hear of it
             logger.exception("the engine failed")
             reason = str(error) if isinstance(error, SluiceError) else repr(error)
             self._publish(EngineUpdate(self._engine.abort_all(f"LOST: {reason}")))
@@ -210,10 +210,10 @@ class EngineLoop:
             command.done.set_exception(UnavailableError("the engine has stopped"))
 
     def _turn(self) -> None:
-        outputs = [output for command in self._take() if (output := self._apply(command))]
-        self._step_began_s = time.monotonic()
+        commands = self._take()
+        self._step_began_s = time.monotonic()  # whatever a turn does may hang
+        outputs = [output for command in commands if (output := self._apply(command))]
         outputs += self._engine.step()
-        self._step_began_s = None
         self._end_preloads()
         added, removed = self._engine.take_block_events()
         load = None
@@ -228,6 +228,7 @@ class EngineLoop:
             self._step_times_due_s = now_s + STEP_TIMES_INTERVAL_S
         if outputs or added or removed or load is not None or step_times:
             self._publish(EngineUpdate(outputs, added, removed, load, step_times))
+        self._step_began_s = None
 
     def _take(self) -> list[_Command]:
         with self._wakeup:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import socket
 import threading
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 0.2
 SEND_TIMEOUT_S = 1.0  # a beat is short: a leader that has not read so many is gone or hangs
+ACKNOWLEDGE_S = 1.5  # a node whose kernel does not answer for so long is gone, or cut off
 GRACE_S = 0.2  # for a worker whose leader is gone to end by itself
 
 
@@ -72,9 +74,16 @@ class Heartbeat:
 
 def _connect(index: int, address: tuple[str, int], auth_key: bytes) -> Channel:
     channel = connect(address, auth_key, send_timeout_s=SEND_TIMEOUT_S)
+    _give_up_after(channel.fileno(), ACKNOWLEDGE_S)
     channel.send("hello", index)
     channel.send("ready", index, {})
     return channel
+
+
+def _give_up_after(descriptor: int, timeout_s: float) -> None:
+    """Have a connection broken where what is sent is not acknowledged: the node is gone."""
+    with socket.socket(fileno=socket.dup(descriptor)) as twin:  # options belong to the socket
+        twin.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout_s))
 
 
 def _end_process() -> None:

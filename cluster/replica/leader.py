@@ -251,6 +251,8 @@ class Leader:
             await self._registry.unregister(self._replica_id)
         except SluiceError as error:
             logger.warning("lease not dropped, it expires by itself: %s", error)
+        except Exception:  # the group ends all the same
+            logger.exception("lease not dropped, it expires by itself")
         await self._server.stop(grace=FLUSH_S)
         self._executor.shutdown()
         self._monitor.close()
@@ -298,8 +300,10 @@ class Leader:
             self._leaving = asyncio.create_task(self._leave())  # `stop` cancels this one
 
     async def _leave(self) -> None:
-        await self.stop()
-        self._on_end("drained")
+        try:
+            await self.stop()
+        finally:
+            self._on_end("drained")
 
     def _end(self, reason: str) -> None:
         with self._end_lock:

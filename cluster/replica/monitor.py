@@ -103,5 +103,7 @@ class GroupMonitor:
         if self._event_loop.is_too_long:
             limit_s = self._event_loop.limit_s
             return f"the leader's event loop hangs: replica.stuck_timeout_s={limit_s:g}"
+        if not self._loop.is_running:
+            return "the engine's thread has ended"
         self._liveness.beat(len(self._beats), self._loop.cpu_s)
         return self._liveness.tick(elapsed_s, step_age_s=self._loop.step_age_s)

@@ -255,6 +255,8 @@ async def stage(*leaders: FakeLeader, **gateway: Any) -> AsyncIterator[Stage]:
     shared = {name: gateway.pop(name) for name in ("store", "gateway_id") if name in gateway}
     names = ("replica", "auth", "cache", "engine", "router")
     sections = {name: gateway.pop(name, {}) for name in names}
+    # A fake leader says nothing where it has nothing to say.
+    sections["replica"] = {"heartbeat_timeout_s": 60.0, **sections["replica"]}
     config = parse_config({"gateway": {"port": 0, **gateway}, **sections})
     running = Stage(config, block_store, **shared)
     running.port = await running.server.start()

@@ -61,13 +61,17 @@ def test_client_is_sent_what_it_lacks_and_its_own_tokens_are_taken(
     num_known: int, num_received: int
 ) -> None:
     scene = Scene(num_known, num_received)
-    delta = scene.comeback.replay()
+    assert not list(scene.comeback.replay())  # it goes with what follows
     had = TOKENIZER.decode(IDS[:num_received])
     most = max(num_known, num_received)
-    assert list(delta.token_ids) == IDS[num_received:most]
-    assert had + delta.text == TOKENIZER.decode(IDS[:most])
     assert scene.answer.token_ids == IDS[:most]
-    assert scene.comeback.is_complete
+    assert scene.comeback.is_over == (num_received >= num_known)
+    rest = [EngineOutput("r", (token,), 2) for token in TOKENS[most:]]
+    end = EngineOutput("r", (), 2, FinishReason.LENGTH)
+    delta = scene.comeback.feed([*rest, end])
+    assert list(delta.token_ids) == IDS[num_received:]
+    assert had + delta.text == TEXT
+    assert scene.comeback.is_over
     assert [t.token_id for t in scene.notes.tokens] == IDS[num_known:num_received]
     assert set(scene.notes.seqs) <= {num_received}
 
@@ -75,14 +79,13 @@ def test_client_is_sent_what_it_lacks_and_its_own_tokens_are_taken(
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_log_probabilities_of_what_only_the_client_has_are_computed_once_more(size: int) -> None:
     scene = Scene(4, 7, num_logprobs=0)
-    assert not scene.comeback.replay().token_ids
-    assert scene.answer.token_ids == IDS[:4] and not scene.comeback.is_complete
+    assert not list(scene.comeback.replay())
+    assert scene.answer.token_ids == IDS[:4] and not scene.comeback.is_over
     sent: list[int] = []
     for start in range(4, 10, size):
         outputs = [EngineOutput("r", (token,), 2) for token in TOKENS[start : start + size]]
-        if not scene.comeback.is_complete:
-            outputs = scene.comeback.confirm(outputs)
-        sent += scene.answer.feed(outputs).token_ids
+        taker = scene.answer if scene.comeback.is_over else scene.comeback
+        sent += taker.feed(outputs).token_ids
     assert sent == IDS[7:]
     assert scene.notes.tokens == list(TOKENS[4:7])  # with their log probabilities
     assert scene.answer.token_ids == IDS and scene.answer.num_cached_tokens == 2
@@ -90,20 +93,43 @@ def test_log_probabilities_of_what_only_the_client_has_are_computed_once_more(si
 
 def test_answer_that_ends_with_what_the_client_has_is_not_sent_again() -> None:
     scene = Scene(4, 10, num_logprobs=0)
-    scene.comeback.replay()
+    assert not list(scene.comeback.replay())
     last = EngineOutput("r", TOKENS[9:], 2, FinishReason.LENGTH)
     outputs = [*(EngineOutput("r", (token,), 2) for token in TOKENS[4:9]), last]
-    delta = scene.answer.feed(scene.comeback.confirm(outputs))
+    delta = scene.comeback.feed(outputs)
     assert scene.answer.finish_reason is FinishReason.LENGTH
     assert not delta.token_ids and not delta.text
 
 
 def test_other_tokens_than_the_client_has_give_way_to_those() -> None:
     scene = Scene(4, 7, num_logprobs=0)
-    scene.comeback.replay()
-    scene.comeback.confirm([EngineOutput("r", (TOKENS[4],), 2)])
+    assert not list(scene.comeback.replay())
+    scene.comeback.feed([EngineOutput("r", (TOKENS[4],), 2)])
     with pytest.raises(ContradictionError):
-        scene.comeback.confirm([EngineOutput("r", (SampledToken(999, -1.0),), 2)])
+        scene.comeback.feed([EngineOutput("r", (SampledToken(999, -1.0),), 2)])
     assert scene.answer.token_ids == IDS[:7]
     assert [t.token_id for t in scene.notes.tokens] == IDS[4:7]
-    assert scene.comeback.is_complete
+    assert scene.comeback.is_over
+
+
+def test_text_that_is_held_back_comes_with_the_last_token_or_not_again() -> None:
+    stop = (TEXT[-1] + "~",)  # the answer ends in what could become it
+    for num_received in (9, 10):
+        scene = Scene(10, num_received, stop=stop)
+        assert not list(scene.comeback.replay())
+        delta = scene.comeback.feed([EngineOutput("r", (), 2, FinishReason.LENGTH)])
+        had = TOKENIZER.decode(IDS[:num_received])
+        # Who has the last token has had the text that was held back behind it with it.
+        assert had + delta.text == TEXT
+
+
+def test_long_rest_is_sent_in_pieces_and_the_last_one_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.gateway.comeback.PIECE_TOKENS", 3)
+    scene = Scene(10, 1)
+    pieces = list(scene.comeback.replay())
+    assert [list(piece.token_ids) for piece in pieces] == [IDS[1:4], IDS[4:7]]
+    delta = scene.comeback.feed([EngineOutput("r", (), 2, FinishReason.LENGTH)])
+    assert list(delta.token_ids) == IDS[7:]
+    assert TOKENIZER.decode(IDS[:1]) + "".join(p.text for p in pieces) + delta.text == TEXT

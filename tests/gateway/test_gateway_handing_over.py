@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hypothesis import given
@@ -25,7 +26,12 @@ class Scene:
     def __post_init__(self) -> None:
         for request in self.requests:
             request.hand_over = lambda r=request: setattr(r, "num_asked", r.num_asked + 1)  # type: ignore[attr-defined]
-        self.moves = HandOvers(lambda: self.requests, lambda name: name in self.draining)  # type: ignore[arg-type,return-value]
+        self.timers: list[Callable[[], None]] = []
+        self.moves = HandOvers(
+            lambda: self.requests,  # type: ignore[arg-type,return-value]
+            lambda name: name in self.draining,
+            lambda _, call: self.timers.append(call),
+        )
 
     def asked(self) -> list[Request]:
         return [request for request in self.requests if request.num_asked]
@@ -52,6 +58,16 @@ def test_nobody_leaves_a_replica_that_does_not_drain_or_without_another_one() ->
     staying[2].can_move = True  # a replica has come
     scene.moves.poke()
     assert scene.asked() == [staying[2]]
+
+
+def test_requests_whose_clients_read_nothing_hold_up_the_others_for_a_moment_only() -> None:
+    scene = Scene([Request() for _ in range(2 * MAX_MOVES)])
+    scene.moves.poke()
+    assert len(scene.asked()) == MAX_MOVES
+    for timer in scene.timers[:3]:
+        timer()
+    assert len(scene.asked()) == MAX_MOVES + 3
+    assert all(request.num_asked <= 1 for request in scene.requests)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60))

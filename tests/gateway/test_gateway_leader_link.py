@@ -224,24 +224,11 @@ async def test_leader_that_falls_silent_is_given_up_as_a_whole_and_connected_ane
         errors = [await _error(stream) for stream in [answered, *silent]]
         assert all(error is errors[0] for error in errors), "one death"
         assert isinstance(errors[0], ReplicaLostError)
-        assert errors[0].num_suspects == 3 and "no word for 1 s" in str(errors[0])
+        assert "no word for 1 s" in str(errors[0])
         assert not linked.is_in and not linked.link.is_connected
         await eventually(lambda: leader.num_live == 0)  # the session is closed too
         leader.is_silent = False
         await eventually(lambda: linked.is_in and linked.link.is_connected)
-
-
-async def test_loss_suspects_one_request_where_all_have_got_something() -> None:
-    leader = FakeLeader()
-    leader.max_steps = 1
-    async with _linked(leader) as linked:
-        await eventually(lambda: linked.is_in)
-        streams = [linked.link.submit(_request(name)) for name in "ab"]
-        for stream in streams:
-            await stream.take()
-        await leader.die()
-        errors = [await _error(stream) for stream in streams]
-        assert isinstance(errors[0], ReplicaLostError) and errors[0].num_suspects == 1
 
 
 async def test_stopped_link_has_lost_no_replica() -> None:
@@ -268,25 +255,6 @@ async def test_gateway_that_was_held_up_itself_gives_no_leader_up() -> None:
             leader.push(seq=seq)
             await asyncio.sleep(0.1)
         assert linked.changes == [True]
-
-
-async def test_draining_replica_is_told_of_by_its_load_alone() -> None:
-    leader = FakeLeader()
-    async with _linked(leader) as linked:
-        await eventually(lambda: linked.is_in)
-        waiting = asyncio.create_task(linked.link.wait_draining())
-        leader.push(seq=1, added=[3])  # without a load
-        leader.push_load(_GOOD, seq=2)
-        await eventually(lambda: linked.holds(3))
-        await asyncio.sleep(0.05)
-        assert not waiting.done()
-        leader.push_load(replace(_GOOD, is_draining=True), seq=3)
-        await asyncio.wait_for(waiting, 10)
-        leader.push(seq=4, added=[7])
-        await eventually(lambda: linked.holds(7))
-        await asyncio.wait_for(linked.link.wait_draining(), 10)
-        leader.push_load(_GOOD, seq=5)
-        await eventually(lambda: not linked.link._is_draining.is_set())
 
 
 async def test_replica_is_told_to_drain_and_says_how_much_it_has() -> None:

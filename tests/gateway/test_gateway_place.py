@@ -199,6 +199,10 @@ async def test_request_whose_deadline_is_over_is_never_placed() -> None:
         tokenizer=SimpleNamespace(new_decoder=None),
         dispatcher=dispatcher,
         waiting=SimpleNamespace(end=ended.append),
+        trial=None,
+        running={},
+        journals=SimpleNamespace(begin=lambda header, **_: SimpleNamespace(close=lambda: None)),
+        hand_overs=SimpleNamespace(done=lambda request: None),
     )
 
     async def send(event: pb.GenerateStreamResponse) -> None:
@@ -264,7 +268,7 @@ async def test_dispatcher_hears_of_every_request_once(monkeypatch: pytest.Monkey
         other = await running.add(FakeLeader("b"))
         leader.refusal = other.refusal = "UNAVAILABLE: stopping"
         with pytest.raises(UnavailableError):
-            await client.generate("x")
+            await client.generate("x", resume_timeout_s=0)
         assert await calls.take() == {"submit": 2, "on_end": 2}  # an attempt each
 
 

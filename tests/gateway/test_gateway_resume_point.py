@@ -48,7 +48,7 @@ def test_client_without_anything_gets_all() -> None:
         (3, [10, 11, 12]),
         (5, [10, 11, 12, 13]),
         (6, [10, 11, 12, 13, 14]),
-        (22, [10, 11, 12, 13, 14]),  # one token and 16 events ahead
+        (70, [10, 11, 12, 13, 14]),  # one token and 64 events ahead
         (21, [10, 11, 12, 13]),
         # An earlier call has repeated tokens in fewer events than the journal knows of.
         (3, [10, 11, 12, 13]),
@@ -75,9 +75,9 @@ def test_tokens_that_agree_are_taken(after_seq: int, received: list[int]) -> Non
         (STATE, 5, list(range(10, 19)), OutOfRangeError, r"9 tokens, limit=8 \(max_tokens\)"),
         (FINISHED, 5, [10, 11, 12, 13, 14], OutOfRangeError, r"5 tokens, limit=4 \(the whole"),
         (FAILED, 5, [10, 11, 12, 13, 14], OutOfRangeError, r"5 tokens, limit=4 \(the whole"),
-        (STATE, 22, [10, 11, 12, 13], OutOfRangeError, r"after_seq=22, limit=21 .* is 5\)"),
-        (STATE, 23, [10, 11, 12, 13, 14], OutOfRangeError, "after_seq=23, limit=22"),
-        (STATE, 2**64 - 1, [10], OutOfRangeError, "limit=21"),
+        (STATE, 70, [10, 11, 12, 13], OutOfRangeError, r"after_seq=70, limit=69 .* is 5\)"),
+        (STATE, 71, [10, 11, 12, 13, 14], OutOfRangeError, "after_seq=71, limit=70"),
+        (STATE, 2**64 - 1, [10], OutOfRangeError, "limit=69"),
         (FINISHED, 7, [10, 11, 12, 13], OutOfRangeError, "after_seq=7, limit=6"),
         (FAILED, 6, [10, 11, 12, 13], OutOfRangeError, "after_seq=6, limit=5"),
         (STATE, 3, [10], FailedPreconditionError, "1 tokens, with event after_seq=3 there were 3"),

@@ -10,7 +10,12 @@ import pytest
 from gateway_fakes import FINGERPRINT, FakeLeader, Stage, eventually, stage
 
 from cluster.client import AsyncClient, Event, Finished, Running, TextDelta
-from cluster.errors import FailedPreconditionError, PoisonError, UnavailableError
+from cluster.errors import (
+    FailedPreconditionError,
+    OverloadedError,
+    PoisonError,
+    UnavailableError,
+)
 from cluster.types import EngineOutput, EngineRequest, ReplicaLoad
 
 NUM_TOKENS = 12
@@ -104,6 +109,12 @@ async def test_failed_group_whose_leader_lives_is_a_lost_replica() -> None:
         assert running.value("sluice_resumptions_total", cause="lost") == 1
 
 
+async def _keep_alive(leader: FakeLeader) -> None:
+    for seq in range(1, 1000):
+        await asyncio.sleep(0.05)
+        leader.push(seq=seq)
+
+
 async def test_silent_leader_loses_its_requests_to_another() -> None:
     first, second = FakeLeader("a"), busy(FakeLeader("b"))
     first.max_steps = 2
@@ -111,11 +122,12 @@ async def test_silent_leader_loses_its_requests_to_another() -> None:
         stage(first, second, replica={"heartbeat_timeout_s": 0.3}) as running,
         AsyncClient(running.address) as client,
     ):
-        second.keepalive_s = 0.05
+        speaking = asyncio.create_task(_keep_alive(second))
         events = stream(client)
         read = await read_until(events, 2)
         first.is_silent = True
         read += [event async for event in events]
+        speaking.cancel()
         assert tokens_of(read) == ANSWER and replicas_of(read) == ["a", "b"]
 
 
@@ -226,6 +238,20 @@ async def test_number_of_lost_replicas_is_bounded() -> None:
                 await current.die()
                 read += await read_until(events, 2)
         assert tokens_of(read) == ANSWER[: len(tokens_of(read))]
+        await _is_quiet(running)
+
+
+async def test_request_that_was_refused_is_not_let_in_by_a_resume() -> None:
+    async with (
+        stage(max_queued_requests=0) as running,
+        AsyncClient(running.address) as client,
+    ):
+        for _ in range(2):
+            with pytest.raises(OverloadedError, match="max_queued_requests=0"):
+                await client.generate("x", request_id="r", sampling=SAMPLING, resume_timeout_s=0)
+            await running.server._journals.flush()
+            with pytest.raises(OverloadedError, match="max_queued_requests=0"):
+                _ = [e async for e in client.resume("r", resume_timeout_s=0)]
         await _is_quiet(running)
 
 

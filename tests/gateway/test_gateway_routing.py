@@ -9,11 +9,11 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.errors import InvalidArgumentError
 from cluster.gateway import routing
-from cluster.gateway.routing import PromptKeys, session_key
+from cluster.gateway.routing import PromptKeys, rest_of, route_of, session_key
 from cluster.kvstore.block_hash import block_hashes, router_key
 from cluster.router.dispatcher import Dispatcher
 from cluster.router.route import RouteRequest
-from cluster.types import ReplicaInfo, ReplicaLoad
+from cluster.types import EngineRequest, ReplicaInfo, ReplicaLoad, SamplingParams
 
 PROMPT = tuple(range(1, 41))
 
@@ -81,3 +81,13 @@ def test_session_that_is_too_long_or_not_printable_is_refused(session: str) -> N
     with pytest.raises(InvalidArgumentError, match="limit=128") as caught:
         session_key(session, "alice")
     assert caught.value.field == "session"
+
+
+def test_rest_of_an_answer_that_is_complete_asks_for_no_room_for_one_more_token() -> None:
+    request = EngineRequest("r", tuple(range(10)), SamplingParams(max_tokens=6))
+    route = route_of(request, model="m", session="", arrived_s=0.0, expires_s=9.0)
+    for num_tokens, num_asked in ((0, 10), (3, 13), (5, 15), (6, 15)):
+        rest = rest_of(route, request, [7] * num_tokens, fingerprint="ab", excluded=("a",))
+        assert rest.num_prompt_tokens == num_asked
+        assert rest.fingerprint == ("ab" if num_tokens else "")
+        assert rest.is_resumed and rest.excluded == ("a",)

@@ -61,14 +61,19 @@ async def test_every_method_asks_for_credentials_but_health(running: Stage) -> N
             lambda **kw: inference.Explain(pb.ExplainRequest(request_id="hers"), **kw),
             lambda **kw: cache.ListPrefixes(cache_pb2.ListPrefixesRequest(), **kw),
         ]
-        for call in calls:
+        others: list[Callable[..., Any]] = [  # that find nothing
+            lambda **kw: inference.Resume(pb.ResumeRequest(request_id="nobody's"), **kw).read(),
+            lambda **kw: inference.DrainReplica(pb.DrainReplicaRequest(replica_id="none"), **kw),
+        ]
+        for call in (*calls, *others):
             for metadata in wrong:
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await call(metadata=metadata)
                 assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            assert await call(metadata=bearer(KEYS["carol"]))
+            if call in calls:
+                assert await call(metadata=bearer(KEYS["carol"]))
         names = {m.name for m in pb.DESCRIPTOR.services_by_name["Inference"].methods}
-        assert len(names) == 6, "a new method: does it authenticate?"
+        assert len(names) == 8, "a new method: does it authenticate?"
         await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
     assert len(running.leaders[0].submitted) == 2
     assert running.server.num_inflight == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -179,3 +180,38 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def broken() -> list[object]:
     raise UnavailableError("worker 0 died")
+
+
+def test_command_that_hangs_is_a_step_that_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked, go_on = threading.Event(), threading.Event()
+
+    def add(self: Engine, request: EngineRequest) -> None:
+        blocked.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(Engine, "add", add)
+    with running(None) as loop:
+        loop.submit(EngineRequest("r", (1, 2), SamplingParams()))
+        assert blocked.wait(5)
+        first_s = loop.step_age_s
+        time.sleep(0.05)
+        assert loop.step_age_s >= first_s + 0.04
+        go_on.set()
+
+
+def test_engine_whose_thread_is_ended_from_within_has_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures: list[str] = []
+    loop = make_loop(None)
+    loop._fail = failures.append
+
+    def step(self: Engine) -> list[EngineOutput]:
+        raise SystemExit(1)
+
+    monkeypatch.setattr(Engine, "step", step)
+    loop.start()
+    deadline_s = time.monotonic() + 5
+    while loop.is_running and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert failures == ["SystemExit(1)"]
