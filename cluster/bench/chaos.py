@@ -21,7 +21,9 @@ from cluster.config import ClusterConfig
 def run_chaos(
     plan: ChaosPlan, overrides: list[str] | None = None, listener: Listener | None = None
 ) -> dict[str, Any]:
-    """Start a cluster, disturb it, and return the figures; `is_clean` is among them.
+    """Start a cluster, disturb it, and return the figures.
+
+    `is_clean` is among them; `not_clean` says why it is not.
 
     Args:
         plan: What to do.

@@ -1,7 +1,7 @@
 """Holds what a client has seen against what an undisturbed run answers: pure.
 
 exact        all of it, ended by its final event
-refused      a status that says what happened, behind tokens that were right
+refused      sent away before its first token; or the store lost its journal, behind right tokens
 wrong        another token, text, log probability, finish reason or usage
 duplicated   tokens that were there already came again
 truncated    it looks finished, and is not
@@ -19,7 +19,6 @@ from cluster.errors import (
     JOURNAL_GONE,
     NotFoundError,
     OverloadedError,
-    PoisonError,
     SluiceError,
 )
 
@@ -66,29 +65,33 @@ class Seen:
     num_completion_tokens: int = 0  # likewise
     error: SluiceError | None = None  # that it ended with
 
-    def forget(self) -> None:
-        """Begin anew: all of it comes again."""
-        self.token_ids, self.text, self.logprobs = [], "", []
 
-
-def check(expected: Seen, seen: Seen, *, may_miss_journal: bool = False) -> Finding:
+def check(
+    expected: Seen,
+    seen: Seen,
+    *,
+    forgotten: Seen | None = None,
+    may_miss_journal: bool = False,
+) -> Finding:
     """Return the verdict on a stream.
 
     Args:
         expected: The whole answer, undisturbed.
-        seen: What came.
+        seen: What came; of a client that forgot what it had, what came since.
+        forgotten: What had come before. It was shown to somebody: it has to be right as well.
         may_miss_journal: The store lost what it knew while the stream lived, so that nobody can
             go on with it: NOT_FOUND says what happened, and so does JOURNAL_GONE.
     """
-    difference = (
-        _check_tokens(expected.token_ids, seen.token_ids)
-        or _check_text(expected, seen)
-        or _check_logprobs(expected, seen)
-    )
+    if forgotten is not None:
+        early = _check_beginning(expected, forgotten)
+        if early is not None:
+            return Finding(Verdict.WRONG, f"before the client came back: {early.detail}")
+    difference = _check_beginning(expected, seen)
     if difference is not None:
         return difference
     if not seen.finish_reason:
-        return _check_end(seen, may_miss_journal)
+        has_tokens = bool(seen.token_ids or (forgotten is not None and forgotten.token_ids))
+        return _check_end(seen, has_tokens, may_miss_journal)
     num_tokens, num_expected = len(seen.token_ids), len(expected.token_ids)
     if num_tokens < num_expected or len(seen.text) < len(expected.text):
         return Finding(Verdict.TRUNCATED, f"{num_tokens} of {num_expected} tokens")
@@ -97,6 +100,15 @@ def check(expected: Seen, seen: Seen, *, may_miss_journal: bool = False) -> Find
         if value != wanted:
             return Finding(Verdict.WRONG, f"{name} is {value}, not {wanted}")
     return Finding(Verdict.EXACT)
+
+
+def _check_beginning(expected: Seen, seen: Seen) -> Finding | None:
+    """Return what keeps that which came from being a beginning of what is expected."""
+    return (
+        _check_tokens(expected.token_ids, seen.token_ids)
+        or _check_text(expected, seen)
+        or _check_logprobs(expected, seen)
+    )
 
 
 def _check_tokens(expected: Sequence[int], seen: Sequence[int]) -> Finding | None:
@@ -148,12 +160,14 @@ def _check_logprobs(expected: Seen, seen: Seen) -> Finding | None:
     return None
 
 
-def _check_end(seen: Seen, may_miss_journal: bool) -> Finding:
+def _check_end(seen: Seen, has_tokens: bool, may_miss_journal: bool) -> Finding:
     error = seen.error
     if error is None:
         return Finding(Verdict.LOST, f"cut off behind {len(seen.token_ids)} tokens, no status")
     detail = f"{error.code}: {error}"
     is_journal_gone = isinstance(error, NotFoundError) or error.reason == JOURNAL_GONE
-    if isinstance(error, OverloadedError | PoisonError) or (may_miss_journal and is_journal_gone):
+    # Who has let a request in finishes it. No request here is poison: each conviction is false.
+    is_sent_away = isinstance(error, OverloadedError) and not has_tokens
+    if is_sent_away or (may_miss_journal and is_journal_gone):
         return Finding(Verdict.REFUSED, detail)
     return Finding(Verdict.LOST, detail)

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from redis import Redis
 
 from cluster.bench.chaos_leaks import Inventory
-from cluster.bench.chaos_processes import Family, count_kinds
+from cluster.bench.chaos_processes import Family, ProcessSample, count_kinds
 from cluster.bench.chaos_schedule import Standing
+from cluster.bench.chaos_shared import SharedFiles
 from cluster.bench.store_redis import OwnRedis, free_port
 from cluster.client import AsyncClient, ClusterState
 from cluster.config import ClusterConfig, load_config
@@ -95,17 +96,24 @@ class ChaosCluster:
         config: That it runs with.
         redis: Its store.
         family: Its processes.
+        shared: Its files in shared memory.
         serving: The cluster itself.
     """
 
     def __init__(
-        self, config: ClusterConfig, redis: OwnRedis, family: Family, serving: ServingCluster
+        self,
+        config: ClusterConfig,
+        redis: OwnRedis,
+        family: Family,
+        shared: SharedFiles,
+        serving: ServingCluster,
     ) -> None:
         self.config = config
         self.redis = redis
         self.family = family
         self.address = serving.address
-        self.left: list[str] = []  # processes that had to be killed at the end
+        self.left: list[str] = []  # what did not end with it, in words
+        self._shared = shared
         self._leases: dict[str, int] = {}  # pid by id, as far as known
 
     @property
@@ -160,9 +168,15 @@ class ChaosCluster:
                 break
         return [state for _, state in sorted(found.items())]
 
+    def sample(self) -> list[ProcessSample]:
+        """Return its processes, oldest first; also notes what they have in shared memory."""
+        samples = self.family.sample()
+        self._shared.note()
+        return samples
+
     def inventory(self) -> Inventory:
         """Return what there is of the cluster now; takes a good part of a second."""
-        samples = self.family.sample()
+        samples = self.sample()
         connection = Redis.from_url(self.redis.url)
         try:
             used_bytes = int(connection.info("memory")["used_memory"])
@@ -171,7 +185,7 @@ class ChaosCluster:
         return Inventory(
             count_kinds(samples),
             self.family.num_ports(),
-            tuple(sorted(self.family.shared_names())),
+            self._shared.names(),
             used_bytes,
         )
 
@@ -191,6 +205,7 @@ def running_cluster(
         UnavailableError: It did not come up.
     """
     family = Family()
+    shared = SharedFiles(family.shared_names)
     redis = OwnRedis(niceness=0)
     cluster: ChaosCluster | None = None
     try:
@@ -198,10 +213,10 @@ def running_cluster(
         check(config)
         with start(config, on_progress=tell) as serving:
             family.sample()
-            cluster = ChaosCluster(config, redis, family, serving)
+            cluster = ChaosCluster(config, redis, family, shared, serving)
             yield cluster
     finally:
         redis.close()
-        left = family.end_rest(END_TIMEOUT_S)
+        left = [f"{name} did not end with the cluster" for name in family.end_rest(END_TIMEOUT_S)]
         if cluster is not None:
-            cluster.left = left
+            cluster.left = [*left, *(f"{n} is still in shared memory" for n in shared.names())]

@@ -18,8 +18,9 @@ from cluster.rpc.sluice.v1.inference_pb2 import DrainReplicaRequest
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 
 CALL_TIMEOUT_S = 5.0
-STOPPED_TIMEOUT_S = 10.0
-"""A leader that stands still has to be ended by its own guardian long before."""
+STOPPED_GRACE_S = 2.5
+"""A leader that stands still may be there for so long behind its heartbeat timeout: at that its
+guardian ends it, on a machine that is busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Hands:
         self.not_ended: list[str] = []  # stopped leaders that were still there when time was over
         self._cluster = cluster
         self._network = network
+        self._stopped_timeout_s = cluster.config.replica.heartbeat_timeout_s + STOPPED_GRACE_S
         self._acts: dict[str, Callable[[Strike], Awaitable[None]]] = {
             "kill-leader": self._kill_leader,
             "stop-leader": self._stop_leader,
@@ -82,13 +84,13 @@ class Hands:
         watch.add_done_callback(self._stopped.discard)
 
     async def _watch_stopped(self, pid: int) -> None:
-        await asyncio.sleep(STOPPED_TIMEOUT_S)
+        await asyncio.sleep(self._stopped_timeout_s)
         try:
             self._cluster.family.signal(pid, signal.SIGKILL)
         except ProcessLookupError:  # as it should be
             return
         self.not_ended.append(
-            f"leader {pid} was stopped, and still there after {STOPPED_TIMEOUT_S:g} s"
+            f"leader {pid} was stopped, and still there after {self._stopped_timeout_s:g} s"
         )
 
     async def _drain(self, strike: Strike) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from cluster.bench.chaos_checker import ALLOWED, Verdict
 from cluster.bench.chaos_gaps import FaultRecord, victim_gaps_s
 from cluster.bench.chaos_load import Outcome
-from cluster.bench.chaos_schedule import Target
+from cluster.bench.chaos_schedule import PlannedFault, Target
 from cluster.bench.statistics import percentile, spread
 
 MAX_FAILURES = 50  # told in full; all are counted
-AIMS_S = {"kill-leader": (0.3, 1.5), "kill-gateway": (1.0, None)}
+AIMS_S = {"kill-leader": (0.3, 1.5), "kill-gateway": (1.0, None), "term-gateway": (1.0, None)}
 """Gaps that are aimed at, seconds: p50, p99."""
 
 
@@ -102,8 +102,38 @@ def _kind(each: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def is_clean(figures: dict[str, Any]) -> bool:
-    """Return whether a run shows nothing that must not be."""
-    verdicts = figures["streams"]["verdicts"]
-    failed = sum(num for name, num in verdicts.items() if Verdict(name) not in ALLOWED)
-    return not failed and not figures["leaks"]["found"]
+def not_done(
+    faults: Sequence[FaultRecord], left: Sequence[PlannedFault], begin_s: float
+) -> list[dict[str, Any]]:
+    """Return the faults that were planned and not brought about, and why.
+
+    Args:
+        faults: That were tried.
+        left: That never were.
+        begin_s: Of the load.
+    """
+    tried = [(f.number, f.kind, f.planned_s, f.error) for f in faults if f.error]
+    never = [(f.number, f.kind, begin_s + f.at_s, "it never was its turn") for f in left]
+    return [
+        {"number": number, "kind": kind.name, "planned_s": planned_s, "why": why}
+        for number, kind, planned_s, why in sorted(tried + never, key=lambda one: one[0])
+    ]
+
+
+def misses(kinds: dict[str, dict[str, Any]]) -> list[str]:
+    """Return which gaps are longer than is aimed at, in words; that depends on the machine.
+
+    Args:
+        kinds: From `fault_figures`.
+    """
+    found = []
+    for name, figures in kinds.items():
+        for column in ("p50", "p99"):
+            aim_s, gap_s = figures[f"aim_{column}_s"], figures["gap_s"][column]
+            if aim_s is None:
+                continue
+            if gap_s is None:
+                found.append(f"{name}: {column} of the gaps is unknown, nobody was hit")
+            elif gap_s > aim_s:
+                found.append(f"{name}: {column} of the gaps is {gap_s:.2f} s, aim {aim_s:g} s")
+    return found

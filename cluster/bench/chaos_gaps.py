@@ -19,6 +19,9 @@ from cluster.bench.chaos_schedule import FaultKind, Target
 WINDOW_S = 5.0
 """What begins later than this behind a fault has another cause."""
 
+ON_ITS_WAY_S = 0.05
+"""What arrives so soon behind a fault had left its victim before."""
+
 
 @dataclass(slots=True)
 class Trace:
@@ -75,8 +78,9 @@ def victim_gaps_s(fault: FaultRecord, traces: Sequence[Trace]) -> list[float]:
     for trace in traces:
         if not (trace.begin_s <= fault.begin_s < trace.end_s and _is_victim(fault, trace, window)):
             continue
-        if sum(time_s > fault.begin_s for times in trace.stretches for time_s in times) < 2:
-            continue  # all but its end was on its way already: nothing was left to hit
+        last_s = max((time_s for times in trace.stretches for time_s in times), default=0.0)
+        if last_s <= fault.begin_s + ON_ITS_WAY_S:
+            continue  # all of it was on its way already: nothing was left to hit
         touching = [b - a for a, b in trace.gaps() if a < window[1] and b > window[0]]
         if touching:
             found.append(max(touching))

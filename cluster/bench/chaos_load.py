@@ -147,7 +147,10 @@ class Load:
             fault.kind.loses_journals and fault.covers(record.trace) for fault in self._faults
         )
         finding = check(
-            self._reference.answers[index], record.seen, may_miss_journal=may_miss_journal
+            self._reference.answers[index],
+            record.seen,
+            forgotten=record.forgotten,
+            may_miss_journal=may_miss_journal,
         )
         return Outcome(
             record.request_id,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.bench.chaos_memory import MEASURED_RUN_S
 from cluster.bench.chaos_requests import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
 from cluster.bench.chaos_schedule import KINDS, FaultKind, Target
 from cluster.errors import InvalidArgumentError
+
+SPARED_S = {Target.REPLICA: 240.0, Target.GATEWAY: 150.0}
+"""Until the memory of one that lived from the beginning has been measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,11 @@ class ChaosPlan:
     def seconds(self) -> float:
         """Of load."""
         return 60.0 * self.minutes
+
+    @property
+    def spared_s(self) -> dict[Target, float]:
+        """How long one replica and one gateway are no victims."""
+        return dict(SPARED_S) if self.seconds >= MEASURED_RUN_S else {}
 
     @property
     def num_blocks(self) -> int:

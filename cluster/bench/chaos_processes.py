@@ -7,7 +7,6 @@ its start time, so that one whose parent died is still known, and a recycled pid
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections import Counter
@@ -40,6 +39,7 @@ class ProcessSample:
 
     pid: int
     started_s: float  # unix time
+    age_s: float  # since it started
     kind: str
     rss_bytes: int
 
@@ -130,11 +130,6 @@ def count_kinds(samples: list[ProcessSample]) -> dict[str, int]:
     return dict(sorted(Counter(sample.kind for sample in samples).items()))
 
 
-def remaining(names: set[str]) -> list[str]:
-    """Return those files that still exist."""
-    return sorted(name for name in names if os.path.lexists(name))
-
-
 def _sample(process: psutil.Process, started_s: float) -> ProcessSample | None:
     try:
         if not _lives(process):
@@ -142,7 +137,8 @@ def _sample(process: psutil.Process, started_s: float) -> ProcessSample | None:
         # Ray renames its processes when they become somebody: this is asked each time.
         command = " ".join(process.cmdline())
         kind = next((name for text, name in _KINDS if text in command), _OTHER)
-        return ProcessSample(process.pid, started_s, kind, process.memory_info().rss)
+        age_s = time.time() - started_s
+        return ProcessSample(process.pid, started_s, age_s, kind, process.memory_info().rss)
     except psutil.Error:
         return None
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.bench.canvas import open_pyplot, write_png
+from cluster.bench.chaos_memory import MIB
 from cluster.bench.report import figure_table
 
 MAX_LINES = 10  # of failures and of leaks; the data has more
@@ -29,6 +30,7 @@ def chaos_report(figures: dict[str, Any]) -> RenderableType:
         "faults": f"{len(faults['each'])}, {faults['num_waited']} had to wait for a whole "
         f"cluster, {faults['num_never']} never happened",
         "leaks": str(len(leaks["found"])),
+        **_memory_rows(leaks["memory"]),
         "answers left out": f"{figures['reference']['num_unstable']}, not the same twice in quiet",
     }
     parts: list[RenderableType] = [figure_table(rows), _gap_table(faults["kinds"])]
@@ -38,8 +40,34 @@ def chaos_report(figures: dict[str, Any]) -> RenderableType:
             f"{failure['begin_s'] - figures['begin_s']:.1f} s on: {failure['detail']}"
         )
         parts.append(escape(line))
+    parts += [escape(_not_done(one, figures["begin_s"])) for one in faults["not_done"][:MAX_LINES]]
     parts += [escape(f"leak: {text}") for text in leaks["found"][:MAX_LINES]]
+    parts += [escape(f"aim missed: {text}") for text in figures["misses"]]
+    parts += [escape(f"not clean: {text}") for text in figures["not_clean"]]
     return Group(*parts)
+
+
+def _memory_rows(memory: dict[str, dict[str, Any]]) -> dict[str, str]:
+    rows = {}
+    for kind in ("gateway", "leader"):
+        row = memory.get(kind)
+        if row is None:
+            continue
+        lives = f"{row['num_measured']} of {row['num_lives']} lives long enough"
+        growth, allowed = row["growth_max_bytes_per_min"], row["allowed_min_bytes_per_min"]
+        if growth is not None:
+            lives += f", at most {growth / MIB:+.1f} MiB a minute, limit {allowed / MIB:.1f}"
+        rows[f"memory of {kind}s"] = lives
+        if row["difference_bytes"] is not None:
+            rows[f"{kind}s {row['equal_age_s']:.0f} s old, last third of the run"] = (
+                f"{row['difference_bytes'] / MIB:+.1f} MiB against the first"
+            )
+    return rows
+
+
+def _not_done(fault: dict[str, Any], begin_s: float) -> str:
+    at_s = fault["planned_s"] - begin_s
+    return f"not brought about: {fault['kind']} of {at_s:.1f} s: {fault['why']}"
 
 
 def _gap_table(kinds: dict[str, dict[str, Any]]) -> Table:

@@ -10,15 +10,16 @@ from typing import Any
 
 import grpc
 
+from cluster.bench.chaos_clean import why_not_clean
 from cluster.bench.chaos_cluster import ChaosCluster
 from cluster.bench.chaos_faults import Hands, Strike
-from cluster.bench.chaos_figures import fault_figures, is_clean, stream_figures
+from cluster.bench.chaos_figures import fault_figures, misses, not_done, stream_figures
 from cluster.bench.chaos_gaps import FaultRecord
-from cluster.bench.chaos_leaks import Inventory, inventory_leaks, memory_leaks
+from cluster.bench.chaos_leaks import Inventory, inventory_leaks
 from cluster.bench.chaos_load import Load, Reference, Tally, learn
+from cluster.bench.chaos_memory import memory_figures, memory_leaks
 from cluster.bench.chaos_network import ClientNetwork
 from cluster.bench.chaos_plan import ChaosPlan
-from cluster.bench.chaos_processes import remaining
 from cluster.bench.chaos_requests import catalogue
 from cluster.bench.chaos_schedule import FaultQueue, PlannedFault, plan_faults
 from cluster.bench.chaos_stream import Visitor
@@ -120,7 +121,7 @@ class ChaosRun:
         planned = plan_faults(
             plan.kinds, seed=plan.seed, seconds=plan.seconds, interval_s=plan.interval_s
         )
-        self._queue = FaultQueue(planned, plan.interval_s / 2)
+        self._queue = FaultQueue(planned, plan.interval_s / 2, plan.spared_s)
         hands = Hands(self._cluster, network)
         until_s = self._begin_s + plan.seconds
         async with asyncio.TaskGroup() as tasks:
@@ -155,7 +156,8 @@ class ChaosRun:
         plan, reference, outcomes = self._plan, self._reference, self._load.outcomes
         each, kinds = fault_figures(self._faults, outcomes)
         figures = {
-            "plan": asdict(plan) | {"kinds": [kind.name for kind in plan.kinds]},
+            "plan": asdict(plan)
+            | {"kinds": [kind.name for kind in plan.kinds], "spared_s": plan.spared_s},
             "model": self._cluster.config.model.served_name,
             "reference": {
                 "num_asks": len(reference.asks),
@@ -168,25 +170,33 @@ class ChaosRun:
             "faults": {
                 "each": each,
                 "kinds": kinds,
+                "num_planned": len(self._faults) + len(self._queue.left),
                 "num_waited": len(self._queue.waited),
-                "num_never": self._queue.num_left,
+                "num_never": len(self._queue.left),
+                "not_done": not_done(self._faults, self._queue.left, self._begin_s),
             },
             "leaks": self._leak_figures(self._before, self._after),
         }
-        return figures | {"is_clean": is_clean(figures)}
+        not_clean = why_not_clean(figures)
+        return figures | {
+            "misses": misses(kinds),
+            "not_clean": not_clean,
+            "is_clean": not not_clean,
+        }
 
     def _leak_figures(self, before: Inventory, after: Inventory) -> dict[str, Any]:
         cluster, lives = self._cluster, self._watch.lives
+        load = (self._begin_s, self._begin_s + self._plan.seconds)
         found = [
             *self._leaks,
             *inventory_leaks(before, after, cluster.budget_bytes),
-            *memory_leaks(lives),
-            *(f"{name} did not end with the cluster" for name in cluster.left),
-            *(f"{name} is still there" for name in remaining(self._watch.shared_names)),
+            *memory_leaks(lives, *load),
+            *cluster.left,
         ]
         return {
             "found": found,
             "before": asdict(before),
             "after": asdict(after),
-            "processes": [life.figures() for life in lives],
+            "memory": memory_figures(lives, *load),
+            "processes": [life.figures(*load) for life in lives],
         }

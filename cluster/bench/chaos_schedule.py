@@ -5,13 +5,14 @@
                                                  one gateway is left: it waits until all are back
 
 Every kind comes once before any comes again. A fault never takes the last replica or the last
-gateway: such a one waits until the cluster is whole, while faults of other kinds go on.
+gateway: such a one waits until the cluster is whole, while faults of other kinds go on. In a long
+run one replica and one gateway are spared at first: only what lives long shows whether it grows.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,7 +46,11 @@ KINDS = (
     FaultKind("stop-leader", Target.REPLICA, "SIGSTOP of a leader, never continued"),
     FaultKind("drain-replica", Target.REPLICA, "a replica is told to leave"),
     FaultKind("kill-gateway", Target.GATEWAY, "kill -9 of a gateway"),
-    FaultKind("term-gateway", Target.GATEWAY, "SIGTERM to a gateway"),
+    FaultKind(
+        "term-gateway",
+        Target.GATEWAY,
+        "SIGTERM to a gateway's process: Ray ends it at once, a second kill and no drain",
+    ),
     FaultKind(
         "restart-redis",
         Target.STORE,
@@ -138,18 +143,26 @@ class FaultQueue:
     Args:
         faults: In order of time.
         spacing_s: Between two of them at the least, so that those that waited do not come at once.
+        spared_s: So long the first one of all is no victim, by what it is.
     """
 
-    def __init__(self, faults: Sequence[PlannedFault], spacing_s: float) -> None:
+    def __init__(
+        self,
+        faults: Sequence[PlannedFault],
+        spacing_s: float,
+        spared_s: Mapping[Target, float] | None = None,
+    ) -> None:
         self.waited: set[int] = set()  # numbers of those that had to
         self._left = list(faults)
         self._spacing_s = spacing_s
         self._last_s = -spacing_s
+        self._spared_s = spared_s or {}
+        self._spared: dict[Target, str] = {}  # ids
 
     @property
-    def num_left(self) -> int:
-        """Faults that have not happened."""
-        return len(self._left)
+    def left(self) -> tuple[PlannedFault, ...]:
+        """Those that have not happened, in order of time."""
+        return tuple(self._left)
 
     def take(self, now_s: float, standing: Standing) -> tuple[PlannedFault, str] | None:
         """Return the fault that happens now and whom it befalls ("": no one in particular)."""
@@ -163,9 +176,16 @@ class FaultQueue:
                 continue
             self._left.remove(fault)
             self._last_s = now_s
-            ids = standing.ids(fault.kind.target)
+            ids = self._victims(fault.kind.target, standing, now_s)
             return fault, ids[int(fault.draw * len(ids))] if ids else ""
         return None
+
+    def _victims(self, target: Target, standing: Standing, now_s: float) -> list[str]:
+        ids = list(standing.ids(target))
+        if ids and now_s < self._spared_s.get(target, 0.0):
+            spared = self._spared.setdefault(target, ids[0])
+            return [name for name in ids if name != spared]
+        return ids
 
     def _may_happen(self, fault: PlannedFault, standing: Standing) -> bool:
         if fault.kind.target not in (Target.REPLICA, Target.GATEWAY):

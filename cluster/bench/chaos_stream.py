@@ -33,6 +33,7 @@ class Record:
     visit: Visit
     seen: Seen
     trace: Trace
+    forgotten: Seen | None = None  # received before it came back without a memory of it
 
 
 class Visitor:
@@ -94,17 +95,17 @@ class Visitor:
 
     async def _come_back(self, record: Record, num_events: int) -> None:
         """Go on as another process would, which knows the request's id and what it has written."""
-        seen, trace = record.seen, record.trace
+        trace = record.trace
         # Before its first token a stream may begin anew: then nobody has counted its events.
         has_memory = record.visit.has_memory and not trace.resumptions
         if not has_memory:
-            seen.forget()
+            record.forgotten, record.seen = record.seen, Seen()
         trace.stretches.append([])
         async with self._client() as client:
             events = client.resume(
                 record.request_id,
                 after_seq=num_events - 1 if has_memory else None,
-                tokens_received=tuple(seen.token_ids) if has_memory else (),
+                tokens_received=tuple(record.seen.token_ids) if has_memory else (),
                 timeout_s=REQUEST_TIMEOUT_S,
                 resume_timeout_s=RESUME_TIMEOUT_S,
                 report_resumptions=True,

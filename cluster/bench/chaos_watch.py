@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.bench.chaos_cluster import ChaosCluster, Look
 from cluster.bench.chaos_gaps import FaultRecord
-from cluster.bench.chaos_leaks import Inventory, Life, why_not_quiet
+from cluster.bench.chaos_leaks import Inventory, why_not_quiet
+from cluster.bench.chaos_memory import Life
 from cluster.bench.chaos_processes import ProcessSample
 from cluster.bench.chaos_schedule import Standing
 from cluster.kvstore.store import Store
@@ -27,22 +28,22 @@ class Watch:
 
     def __init__(self, cluster: ChaosCluster, now: Callable[[], float]) -> None:
         self.look = Look(Standing((), (), 1, 1), {}, {})
-        self.shared_names: set[str] = set()  # ever mapped
-        self._lives: dict[tuple[int, float], Life] = {}
+        self._lives: dict[tuple[int, float, str], Life] = {}
+        self._processes: set[tuple[int, float]] = set()  # seen so far
         self._cluster = cluster
         self._now = now
 
     @property
     def lives(self) -> list[Life]:
         """The memory of each process, oldest first."""
-        return list(self._lives.values())
+        return sorted(self._lives.values(), key=lambda life: life.born_s)
 
     async def run(self, store: Store, faults: list[FaultRecord]) -> None:
         """Look until cancelled; write down when the cluster was whole behind a fault."""
         due_s = 0.0
         while True:
             if self._now() >= due_s:
-                self._add(await asyncio.to_thread(self._cluster.family.sample))
+                self.add(await asyncio.to_thread(self._cluster.sample))
                 due_s = self._now() + SAMPLE_INTERVAL_S
             begin_s = self._now()
             self.look = await self._cluster.look(store)
@@ -57,12 +58,19 @@ class Watch:
             return False
         return fault.victim not in self.look.standing.ids(fault.kind.target)
 
-    def _add(self, samples: list[ProcessSample]) -> None:
+    def add(self, samples: Sequence[ProcessSample]) -> None:
+        """Take what each process holds now."""
+        now_s = self._now()
         for sample in samples:
-            key = (sample.pid, sample.started_s)
-            life = self._lives.setdefault(key, Life(sample.kind, sample.pid))
-            life.kind = sample.kind  # a process of Ray's becomes somebody later
-            life.add(self._now(), sample.rss_bytes)
+            process = (sample.pid, sample.started_s)
+            key = (*process, sample.kind)
+            if key not in self._lives:
+                # A process of Ray's that waits becomes somebody later: then that one is born.
+                is_known = process in self._processes
+                born_s = now_s if is_known else now_s - sample.age_s
+                self._lives[key] = Life(sample.kind, sample.pid, born_s)
+            self._processes.add(process)
+            self._lives[key].add(now_s, sample.rss_bytes)
 
     async def settle(self, timeout_s: float) -> list[str]:
         """Wait until the cluster is whole and quiet; return what was still held at the end.
@@ -84,6 +92,4 @@ class Watch:
     async def inventory(self) -> Inventory:
         """Return what there is now; the cluster is quiet."""
         await asyncio.sleep(SETTLE_S)
-        found = await asyncio.to_thread(self._cluster.inventory)
-        self.shared_names |= set(found.shared_names)
-        return found
+        return await asyncio.to_thread(self._cluster.inventory)

@@ -52,7 +52,8 @@ def bench_chaos(
 ) -> None:
     """Kill, stop, drain, cut off; hold every stream against an undisturbed run.
 
-    Exit status 1: a stream was wrong, duplicated, truncated or lost, or something leaked.
+    Exit status 1: a stream was wrong, duplicated, truncated or lost, something leaked, or too
+    little happened to say so.
     """
     from cluster.bench.chaos import run_chaos
     from cluster.bench.chaos_plan import ChaosPlan

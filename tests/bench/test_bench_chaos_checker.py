@@ -95,7 +95,7 @@ def test_no_end_is_lost() -> None:
     ("error", "verdict"),
     [
         (OverloadedError("full"), Verdict.REFUSED),
-        (PoisonError("two replicas died of it"), Verdict.REFUSED),
+        (PoisonError("two replicas died of it"), Verdict.LOST),
         (UnavailableError("no replica"), Verdict.LOST),
         (DeadlineError("late"), Verdict.LOST),
         (NotFoundError("no journal"), Verdict.LOST),
@@ -105,8 +105,18 @@ def test_no_end_is_lost() -> None:
 def test_a_status_is_allowed_where_it_says_what_happened(
     error: SluiceError, verdict: Verdict
 ) -> None:
-    finding = found(came(TOKENS[:3], finish_reason="", error=error))
+    finding = found(came([], finish_reason="", error=error))
     assert finding == Finding(verdict, f"{error.code}: {error}")
+
+
+def test_a_stream_with_tokens_must_not_be_sent_away() -> None:
+    full = OverloadedError("full")
+    behind_tokens = came(TOKENS[:1], finish_reason="", error=full)
+    assert found(behind_tokens) == Finding(Verdict.LOST, "RESOURCE_EXHAUSTED: full")
+    behind_none = came([], finish_reason="", error=full)
+    for early, verdict in ((TOKENS[:1], Verdict.LOST), ([], Verdict.REFUSED)):
+        forgotten = came(early, finish_reason="")
+        assert check(answer(), behind_none, forgotten=forgotten).verdict is verdict
 
 
 def test_a_journal_that_the_store_lost_may_be_missed() -> None:
@@ -135,7 +145,15 @@ def test_everything_else_of_an_answer_is_held_against_it_too() -> None:
         assert found(answer(**changes)) == Finding(Verdict.WRONG, detail), changes
 
 
-def test_forgetting_begins_anew() -> None:
-    seen = answer()
-    seen.forget()
-    assert (seen.token_ids, seen.text, seen.logprobs) == ([], "", [])
+def test_what_a_client_forgot_has_to_be_right_as_well() -> None:
+    right = came(TOKENS[:4], finish_reason="")
+    assert check(answer(), answer(), forgotten=right) == Finding(Verdict.EXACT)
+    for forgotten, detail in (
+        (came([11, 99, 13]), "token 1 is 99, not 12"),
+        (came([*TOKENS[:6], *TOKENS[2:6]]), "token 6: those from token 2 on come again"),
+        (came(TOKENS[:4], text="abX"), "the text differs from character 2 on"),
+        (came(TOKENS[:2], logprobs=[(-0.5, -1.0, -2.0)] * 2), "a log probability of token 0 is"),
+    ):
+        finding = check(answer(), answer(), forgotten=forgotten)
+        assert finding.verdict is Verdict.WRONG
+        assert finding.detail.startswith(f"before the client came back: {detail}")

@@ -33,6 +33,7 @@ class FakeVisitor:
         self.nums_open: list[int] = []  # as each visit began
         self.errors: dict[int, SluiceError] = {}  # by ask
         self.fickle: set[int] = set()  # asks that never answer the same twice
+        self.forgotten: dict[int, Seen] = {}  # by ask: what came before the answer
         self._num_open = 0
 
     async def visit(self, visit: Visit) -> Record:
@@ -48,7 +49,8 @@ class FakeVisitor:
             answer = Seen(error=self.errors[visit.ask])
         if visit.ask in self.fickle:
             answer.token_ids[0] = len(self.visits) + 50
-        return Record("", visit, answer, Trace(begin_s, self.clock.now()))
+        trace = Trace(begin_s, self.clock.now())
+        return Record("", visit, answer, trace, self.forgotten.get(visit.ask))
 
 
 def learned(visitor: FakeVisitor, num_at_once: int = 4) -> Reference:
@@ -106,6 +108,15 @@ def test_load_checks_every_stream_until_its_time_is_over() -> None:
     assert set(verdicts) == {Verdict.EXACT, Verdict.WRONG}
     assert verdicts[Verdict.WRONG] == sum(visit.ask == 1 for visit in visitor.visits)
     assert load.tally.num_tokens == 2 * load.tally.num_streams == 2 * len(load.outcomes)
+
+
+def test_load_checks_what_a_client_had_before_it_forgot_it() -> None:
+    visitor = FakeVisitor(VirtualClock())
+    visitor.forgotten = {0: Seen([0], "a"), 2: Seen([9], "a")}
+    load = load_of(visitor)
+    asyncio.run(load.run(1, until_s=30.0))
+    wrong = [o.finding.verdict is Verdict.WRONG for o in load.outcomes]
+    assert wrong == [visit.ask == 2 for visit in visitor.visits] and any(wrong)
 
 
 def test_load_forgives_a_missing_journal_only_where_the_store_lost_it(

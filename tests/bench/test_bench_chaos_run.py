@@ -28,7 +28,9 @@ def test_chaos_finds_every_stream_exact_though_a_leader_and_a_gateway_are_killed
     assert all(fault["victim"] and fault["whole_after_s"] for fault in faults["each"])
     assert streams["num_streams"] > 10 and streams["num_tokens"] > 300
     assert streams["verdicts"]["exact"] == streams["num_streams"], streams["failures"]
-    assert figures["leaks"]["found"] == [] and figures["is_clean"]
+    assert figures["leaks"]["found"] == [] and figures["is_clean"], figures["not_clean"]
+    assert figures["faults"]["num_planned"] == 2 and figures["faults"]["not_done"] == []
+    assert figures["leaks"]["memory"]["leader"]["num_lives"] > 2
     before, after = figures["leaks"]["before"], figures["leaks"]["after"]
     for kind, num in (("leader", 2), ("gateway", 2), ("redis", 1)):
         assert before["num_processes"][kind] == after["num_processes"][kind] == num

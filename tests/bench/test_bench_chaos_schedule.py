@@ -7,6 +7,7 @@ from itertools import islice, pairwise
 
 import pytest
 
+from cluster.bench.chaos_memory import Life
 from cluster.bench.chaos_plan import ChaosPlan
 from cluster.bench.chaos_requests import (
     MAX_ANSWER_TOKENS,
@@ -67,7 +68,7 @@ def test_queue_gives_a_fault_when_it_is_due_and_a_victim_that_serves() -> None:
     assert queue.take(9.9, standing()) is None
     taken = queue.take(10.0, standing())
     assert taken is not None and (taken[0].number, taken[1]) == (0, "r1")
-    assert queue.take(14.9, standing()) is None and queue.num_left == 2
+    assert queue.take(14.9, standing()) is None and len(queue.left) == 2
     assert FaultQueue(kind_of("flush-redis"), 5.0).take(10.0, standing(0, 0)) is not None
 
 
@@ -92,7 +93,47 @@ def test_queue_lets_others_pass_while_one_waits_and_keeps_its_spacing() -> None:
     assert queue.take(24.9, standing()) is None
     late = queue.take(25.0, standing())
     assert late is not None and late[0].number == 0
-    assert queue.num_left == 1 and queue.waited == {0}
+    assert [fault.number for fault in queue.left] == [2] and queue.waited == {0}
+
+
+@pytest.mark.parametrize("name", ["kill-leader", "kill-gateway"])
+def test_queue_spares_the_first_one_until_its_memory_has_been_measured(name: str) -> None:
+    (kind,) = fault_kinds(name)
+    faults = [PlannedFault(number, kind, 1.0 * number, 0.0) for number in range(4)]
+
+    def victims(spared_s: float) -> list[str]:
+        queue, found = FaultQueue(faults, 0.0, {kind.target: spared_s}), []
+        for now_s in (0.0, 1.0, 2.0, 3.0):
+            taken = queue.take(now_s, standing())
+            assert taken is not None
+            found.append(taken[1][1:])
+        return found
+
+    assert victims(0.0) == ["0", "0", "0", "0"]
+    assert victims(2.0) == ["1", "1", "0", "0"]
+
+
+def test_spared_one_stays_the_same_when_others_come() -> None:
+    queue = FaultQueue(kind_of("kill-leader"), 0.0, {Target.REPLICA: 99.0})
+    assert queue.take(10.0, Standing(("c", "d"), (), 2, 0)) is not None
+    taken = queue.take(20.0, Standing(("a", "c"), (), 2, 0))
+    assert taken is not None and taken[1] == "a"
+
+
+def test_plan_spares_only_in_a_run_that_has_to_measure_memory() -> None:
+    assert ChaosPlan(minutes=4.9).spared_s == {}
+    for target, kind in ((Target.REPLICA, "leader"), (Target.GATEWAY, "gateway")):
+        spared_s = ChaosPlan(minutes=5.0).spared_s[target]
+        life = Life(kind, 1, -30.0)
+        for time_s in range(0, int(spared_s), 2):
+            life.add(float(time_s), 1)
+        assert life.growth(0.0, 300.0) is not None, "it has lived long enough then"
+        assert spared_s < 300.0
+
+
+def test_end_of_a_gateway_by_a_signal_is_said_to_be_no_drain() -> None:
+    (kind,) = fault_kinds("term-gateway")
+    assert "no drain" in kind.meaning
 
 
 def test_plan_refuses_what_could_never_happen() -> None:
@@ -102,7 +143,7 @@ def test_plan_refuses_what_could_never_happen() -> None:
         ({"minutes": 0.3}, "minutes"),
     ):
         with pytest.raises(InvalidArgumentError) as found:
-            ChaosPlan(**fields)  # type: ignore[arg-type]
+            ChaosPlan(**fields)
         assert found.value.field == field
     lone = ChaosPlan(num_replicas=1, num_gateways=1, kinds=fault_kinds("cut-network,stop-redis"))
     assert all(kind.target in (Target.NETWORK, Target.STORE) for kind in lone.kinds)

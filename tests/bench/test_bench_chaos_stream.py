@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.bench import chaos_stream
+from cluster.bench.chaos_checker import Seen
 from cluster.bench.chaos_requests import Ask, Manner, Visit
 from cluster.bench.chaos_stream import Record, Visitor
 from cluster.client import Event, Finished, Resumed, Running, TextDelta, Timings, Usage
@@ -104,6 +105,7 @@ def test_client_that_leaves_comes_back_as_another_one_with_what_it_has(
         monkeypatch, visit, [Running("r1"), delta(1), delta(2), delta(3)], [delta(3), END]
     )
     assert record.seen.token_ids == [1, 2, 3] and record.seen.finish_reason == "length"
+    assert record.forgotten is None
     (_, begun), (method, gone_on) = ScriptedClient.calls
     assert begun["detach_on_disconnect_s"] > 0 and begun["request_id"] == record.request_id
     assert method == "resume" and gone_on["request_id"] == record.request_id
@@ -117,6 +119,7 @@ def test_client_without_a_memory_gets_all_of_it_again(monkeypatch: pytest.Monkey
     visit = Visit(0, Manner.LEAVES, num_tokens=1, has_memory=False)
     record = visited(monkeypatch, visit, [Running("r1"), delta(1)], [delta(1), delta(2), END])
     assert record.seen.token_ids == [1, 2]
+    assert record.forgotten == Seen([1], "t1")
     assert ScriptedClient.calls[1][1]["after_seq"] is None
     assert ScriptedClient.calls[1][1]["tokens_received"] == ()
 

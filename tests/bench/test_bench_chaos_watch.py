@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from cluster.bench.chaos_cluster import ChaosCluster
 from cluster.bench.chaos_leaks import why_not_quiet
 from cluster.bench.chaos_network import ClientNetwork
-from cluster.bench.chaos_processes import Family
+from cluster.bench.chaos_processes import Family, ProcessSample
+from cluster.bench.chaos_watch import Watch
 from cluster.client import CacheLoad, ClusterState, ReplicaState
+from cluster.clock import VirtualClock
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -40,7 +43,7 @@ async def test_network_holds_what_it_does_not_let_pass_and_loses_nothing() -> No
     done, _ = await asyncio.wait([reading], timeout=0.1)
     assert not done
     network.release()
-    assert await asyncio.wait_for(reading, 5.0) == [b"held", b"late"]
+    assert list(await asyncio.wait_for(reading, 5.0)) == [b"held", b"late"]
     network.cut()
     with pytest.raises(ConnectionResetError):
         await asyncio.wait_for(reader.read(1), 5.0)
@@ -64,6 +67,7 @@ def test_family_is_what_was_started_since_and_nobody_else() -> None:
     try:
         (sample,) = family.sample()
         assert (sample.pid, sample.kind) == (child.pid, "redis") and sample.rss_bytes > 0
+        assert 0.0 <= sample.age_s < 60.0
         assert family.has(child.pid) and not family.has(older.pid)
         for pid in (older.pid, os.getpid(), os.getppid()):
             with pytest.raises(ProcessLookupError):
@@ -80,8 +84,34 @@ def test_family_is_what_was_started_since_and_nobody_else() -> None:
             process.wait()
 
 
+def test_life_begins_with_a_process_or_when_it_becomes_somebody() -> None:
+    clock = VirtualClock(100.0)
+    watch = Watch(cast(ChaosCluster, None), clock.now)
+
+    def look(*kinds: str) -> None:
+        samples = [
+            ProcessSample(pid, 5.0, clock.now() - 95.0, kind, 1000 + pid)
+            for pid, kind in enumerate(kinds)
+        ]
+        watch.add(samples)
+        clock.advance(2.0)
+
+    look("gateway", "ray")
+    look("gateway", "leader", "leader")
+    look("gateway", "leader")
+    lives = {(life.pid, life.kind): (life.born_s, life.times_s) for life in watch.lives}
+    assert lives == {
+        (0, "gateway"): (95.0, [100.0, 102.0, 104.0]),
+        (1, "ray"): (95.0, [100.0]),
+        (1, "leader"): (102.0, [102.0, 104.0]),
+        (2, "leader"): (95.0, [102.0]),
+    }
+    assert [life.born_s for life in watch.lives] == [95.0, 95.0, 95.0, 102.0]
+    assert watch.lives[0].rss_bytes == [1000, 1000, 1000]
+
+
 def replica(**changes: Any) -> ReplicaState:
-    fields = dict.fromkeys(ReplicaState.__annotations__, 0) | {
+    fields: dict[str, Any] = dict.fromkeys(ReplicaState.__annotations__, 0) | {
         "replica_id": "r1",
         "state": "ready",
         "model": "m",

@@ -1,0 +1,70 @@
+"""How `sluice bench chaos` brings a fault about, on processes that are none."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from cluster.bench.chaos_faults import Hands, Strike
+from cluster.bench.chaos_schedule import fault_kinds
+from cluster.config import ClusterConfig, ReplicaConfig
+
+
+class FakeFamily:
+    """Processes that get signals; a guardian ends them or does not."""
+
+    def __init__(self) -> None:
+        self.signals: list[tuple[int, signal.Signals]] = []
+        self.is_gone = False
+
+    def signal(self, pid: int, number: signal.Signals) -> None:
+        if self.is_gone:
+            raise ProcessLookupError
+        self.signals.append((pid, number))
+
+
+def stop_leader(
+    monkeypatch: pytest.MonkeyPatch, family: FakeFamily, *, is_ended: bool
+) -> tuple[Hands, list[float]]:
+    waits_s: list[float] = []
+    sleep = asyncio.sleep
+
+    async def pass_over(seconds: float) -> None:
+        waits_s.append(seconds)
+        family.is_gone = is_ended
+        await sleep(0)
+
+    config = ClusterConfig(replica=ReplicaConfig(heartbeat_timeout_s=1.25))
+    hands = Hands(cast(Any, SimpleNamespace(config=config, family=family)), cast(Any, None))
+    (kind,) = fault_kinds("stop-leader")
+    strike = Strike(kind, "r1", cast(Any, SimpleNamespace(leader_pids={"r1": 77})))
+
+    async def strike_and_rest() -> None:
+        await hands.bring_about(strike)
+        await hands.rest()
+
+    monkeypatch.setattr(asyncio, "sleep", pass_over)
+    asyncio.run(strike_and_rest())
+    return hands, waits_s
+
+
+def test_stopped_leader_has_to_be_gone_soon_behind_its_heartbeat_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = FakeFamily()
+    hands, waits_s = stop_leader(monkeypatch, family, is_ended=True)
+    assert waits_s == [1.25 + 2.5]
+    assert family.signals == [(77, signal.SIGSTOP)] and hands.not_ended == []
+
+
+def test_stopped_leader_that_is_still_there_is_ended_and_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    family = FakeFamily()
+    hands, _ = stop_leader(monkeypatch, family, is_ended=False)
+    assert family.signals == [(77, signal.SIGSTOP), (77, signal.SIGKILL)]
+    assert hands.not_ended == ["leader 77 was stopped, and still there after 3.75 s"]
