@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +11,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cluster.cli.connecting import Connection, connecting
 from cluster.cli.options import AsJson, bar_options, print_json
-from cluster.errors import DeadlineError
+from cluster.errors import DeadlineError, SluiceError, UnavailableError
 
 if TYPE_CHECKING:
     from cluster.client import Client, ReplicaState
 
 _POLL_S = 0.2
+_GONE_S = 0.5  # between two answers: a gateway that has only lost sight of it finds it again
 
 
 @connecting
@@ -33,36 +35,53 @@ def drain(
     began_s = time.monotonic()
     with connection.open() as client:
         num_requests = client.drain_replica(replica)
-        if wait:
-            _wait(client, replica, began_s + timeout_s, timeout_s)
-    waited_s = time.monotonic() - began_s
+        gone_s = _wait(client, replica, began_s + timeout_s, timeout_s) - began_s if wait else None
     if json:
-        gone_s = {"gone_after_s": waited_s} if wait else {}
-        print_json({"replica_id": replica, "num_requests": num_requests, **gone_s})
+        waited = {} if gone_s is None else {"gone_after_s": gone_s}
+        print_json({"replica_id": replica, "num_requests": num_requests, **waited})
         return
     typer.echo(f"{replica} drains: it hands over {num_requests} requests")
-    if wait:
-        typer.echo(f"{replica} is gone after {waited_s:.1f} s")
+    if gone_s is not None:
+        typer.echo(f"{replica} is gone after {gone_s:.1f} s")
 
 
-def _wait(client: Client, replica_id: str, give_up_s: float, timeout_s: float) -> None:
-    """Return when the gateway no longer knows the replica.
+def _wait(client: Client, replica_id: str, give_up_s: float, timeout_s: float) -> float:
+    """Wait until two answers in a row are without the replica; return when the first one came.
+
+    Where no gateway is in reach they are asked again: one may be leaving as well.
 
     Raises:
-        DeadlineError: It is still there.
+        DeadlineError: It is still there, or was a moment ago.
+        UnavailableError: No gateway answers, not even in the end.
     """
+    gone_s = math.inf
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, **bar_options()) as progress:
         task = progress.add_task(f"{replica_id} drains", total=None)
-        while (state := _find(client, replica_id)) is not None:
-            load = f"{state.num_running} running, {state.num_waiting} waiting"
-            progress.update(task, description=f"{replica_id} is {state.state}: {load}")
-            if time.monotonic() >= give_up_s:
-                raise DeadlineError(
-                    f"--timeout-s={timeout_s:g}: {replica_id} is still {state.state}, {load}: "
-                    "wait longer, or look into its log"
+        while True:
+            asked_s = time.monotonic()
+            try:
+                state = _find(client, replica_id)
+            except UnavailableError as error:
+                late: SluiceError = error
+            else:
+                gone_s = min(gone_s, time.monotonic()) if state is None else math.inf
+                if asked_s - gone_s >= _GONE_S:
+                    return gone_s
+                seen = f"{replica_id} is {_describe(state)}"
+                progress.update(task, description=seen)
+                late = DeadlineError(
+                    f"--timeout-s={timeout_s:g}: {seen}: wait longer, or look into its log"
                 )
+            if time.monotonic() >= give_up_s:
+                raise late
             time.sleep(_POLL_S)
+
+
+def _describe(state: ReplicaState | None) -> str:
+    if state is None:
+        return f"not seen, but not yet for {_GONE_S:g} s"
+    return f"still {state.state}, {state.num_running} running, {state.num_waiting} waiting"
 
 
 def _find(client: Client, replica_id: str) -> ReplicaState | None:

@@ -1,6 +1,7 @@
 """The guardian of a process: ends it where it hangs, and what it leaves behind where it dies.
 
     process ──lines through a pipe──► guardian
+            ◄──a byte for each tick──
 
     beat                the process lives
     limit SECONDS       from now on it is killed where no line comes for so long; 0: never
@@ -40,11 +41,13 @@ class Guardian:
     Args:
         pid: Of the parent.
         pipe: Descriptor that the parent's lines come from.
+        answers: Descriptor of another pipe: a byte for each tick goes to it.
     """
 
-    def __init__(self, pid: int, pipe: int) -> None:
+    def __init__(self, pid: int, pipe: int, answers: int) -> None:
         self._pid = pid
         self._pipe = pipe
+        self._answers = answers
         self._rest = b""  # of a line whose end has not come
         self._limit_s = 0.0
         self._silent_s = 0.0
@@ -55,6 +58,7 @@ class Guardian:
         """Watch until the parent has ended, then remove what it has left."""
         before_s = time.monotonic()
         while self._read() and os.getppid() == self._pid:
+            self._answer()
             now_s = time.monotonic()
             self._silent_s += min(now_s - before_s, 2 * TICK_S)
             before_s = now_s
@@ -74,6 +78,12 @@ class Guardian:
             self._take(line.decode().split(" "))
             self._silent_s = 0.0
         return bool(data)
+
+    def _answer(self) -> None:
+        try:
+            os.write(self._answers, b".")
+        except OSError:  # it is full: the parent stands still; or closed, then so are the lines
+            return
 
     def _take(self, words: list[str]) -> None:
         if words[0] == "limit":
@@ -115,7 +125,8 @@ def _unlink(name: str) -> None:
 def _main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # it goes after its parent, whoever ends the rest
-    Guardian(int(sys.argv[1]), sys.stdin.fileno()).run()
+    os.set_blocking(sys.stdout.fileno(), False)  # a parent that reads nothing is watched as well
+    Guardian(int(sys.argv[1]), sys.stdin.fileno(), sys.stdout.fileno()).run()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
 import pytest
 from cli_run import error_of, run
 
@@ -92,30 +94,66 @@ def test_drain_says_what_is_handed_over() -> None:
 
 
 class _Leaving(ScriptedGateway):
-    """Its replica is gone after some looks at the status."""
+    """Shows its replica, or cannot be reached, as planned for each look at the status."""
 
-    num_looks = 2
+    plan = (
+        ""  # d: it drains; a: it is absent; u: unavailable; the last one goes for all that follow
+    )
+    looks_s: list[float]
 
     def ClusterStatus(self, request: Any, context: Any) -> pb.ClusterStatusResponse:
-        _Leaving.num_looks -= 1
+        sight = self.plan[min(len(self.looks_s), len(self.plan) - 1)]
+        self.looks_s.append(time.monotonic())
+        if sight == "u":
+            context.abort(grpc.StatusCode.UNAVAILABLE, "it leaves")
         left = pb.ReplicaStatus(replica_id="r1", state=pb.REPLICA_STATE_DRAINING, num_running=4)
         other = pb.ReplicaStatus(replica_id="r2", state=pb.REPLICA_STATE_READY)
-        return pb.ClusterStatusResponse(replicas=[left, other] if self.num_looks >= 0 else [other])
+        return pb.ClusterStatusResponse(replicas=[left, other] if sight == "d" else [other])
+
+
+def _wait_for(monkeypatch: pytest.MonkeyPatch, plan: str, *options: str) -> tuple[Any, list[float]]:
+    """Drain a replica; return the result, and when each look at the status came."""
+    monkeypatch.setattr(_Leaving, "plan", plan)
+    monkeypatch.setattr(_Leaving, "looks_s", [], raising=False)
+    with gateways(num_gateways=1, kind=_Leaving) as (addresses, _):
+        return run("drain", "r1", "--wait", *_at(addresses), *options), _Leaving.looks_s
 
 
 def test_drain_waits_until_the_replica_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Leaving, "num_looks", 2)
-    with gateways(num_gateways=1, kind=_Leaving) as (addresses, _):
-        result = run("drain", "r1", "--wait", *_at(addresses))
-        assert _Leaving.num_looks == -1
-        answer = json.loads(run("drain", "r1", "--wait", "--json", *_at(addresses)).stdout)
-        monkeypatch.setattr(_Leaving, "num_looks", 99)
-        late = run("drain", "r1", "--wait", "--timeout-s", "0.1", *_at(addresses))
+    result, looks_s = _wait_for(monkeypatch, "dda")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[1].startswith("r1 is gone after ")
-    assert 0 <= answer["gone_after_s"] < 60
-    assert late.exit_code == 1
-    assert late.stderr.startswith("sluice: --timeout-s=0.1: r1 is still draining, 4 running, 0 wai")
+    assert looks_s[-1] - looks_s[2] >= 0.5, "one answer is not enough"
+    result, _ = _wait_for(monkeypatch, "dda", "--json")
+    assert 0 <= json.loads(result.stdout)["gone_after_s"] < 60
+
+
+def test_drain_is_not_misled_by_a_gateway_that_lost_sight(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, looks_s = _wait_for(monkeypatch, "dada")
+    assert result.exit_code == 0, result.output
+    assert looks_s[-1] - looks_s[3] >= 0.5, "what came before it was seen again does not count"
+
+
+def test_drain_asks_again_where_no_gateway_is_in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, looks_s = _wait_for(monkeypatch, "duuaua")
+    assert result.exit_code == 0, result.output
+    assert len(looks_s) >= 6
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ("d", "--timeout-s=0.001: r1 is still draining, 4 running, 0 waiting: wait longer"),
+        ("a", "--timeout-s=0.001: r1 is not seen, but not yet for 0.5 s: wait longer"),
+        ("u", "it leaves"),
+    ],
+)
+def test_drain_that_takes_too_long_says_what_was_seen_last(
+    monkeypatch: pytest.MonkeyPatch, plan: str, expected: str
+) -> None:
+    result, _ = _wait_for(monkeypatch, plan, "--timeout-s", "0.001")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"sluice: {expected}")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ from cluster.types import ReplicaInfo
 HOST = "127.0.0.1"
 NUM_BLOCKS = 256
 MAX_MODEL_LEN = 2048
-DEEPSPEED_BUFFERS = "deepspeed_allreduce_buffer_*"
+SHARED_MEMORY = "/dev/shm/"
 
 
 class Gang:
@@ -71,12 +71,22 @@ class Gang:
 
     def named(self, name: str) -> list[psutil.Process]:
         """Return the processes whose command line has this word in it."""
-        return [member for member in self.members if name in " ".join(member.cmdline())]
+        return [member for member in self.members if name in cmdline(member)]
 
     @property
     def workers(self) -> list[psutil.Process]:
         """In the order in which they were started."""
         return self.named("spawn_main")
+
+    def shared_memory(self) -> set[Path]:
+        """Return the named memory that its processes map, or have mapped and unlinked."""
+        found = set()
+        for member in filter(is_alive, self.members):
+            for line in Path(f"/proc/{member.pid}/maps").read_text().splitlines():
+                path = line.split(maxsplit=5)[-1].removesuffix(" (deleted)")
+                if path.startswith(SHARED_MEMORY):
+                    found.add(Path(path))
+        return found
 
     def left(self) -> list[psutil.Process]:
         """Return what is left of it: zombies, whom nobody has buried yet, are not."""
@@ -108,6 +118,13 @@ def is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def cmdline(process: psutil.Process) -> str:
+    """Return the command line of a process; nothing where it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def start_process(overrides: Sequence[str], prefix: Sequence[str] = ()) -> subprocess.Popen[str]:

@@ -14,13 +14,12 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import psutil
 import pytest
 from fault_cluster import wait_until
-from fault_gang import DEEPSPEED_BUFFERS, Gang, is_alive, running_gang, start_process
+from fault_gang import Gang, cmdline, is_alive, running_gang, start_process
 from ray.util.placement_group import placement_group_table
 from redis_server import RedisServer
 
@@ -103,13 +102,13 @@ class Fault:
 
 def check(gang: Gang, name: str, fault: Fault) -> None:
     """Do something to a group; it fails in time, and nothing of it is left."""
-    buffers = set(Path("/dev/shm").glob(DEEPSPEED_BUFFERS))
+    shared = gang.shared_memory()
     lost_s = asyncio.run(seconds_to_loss(gang, lambda: fault.strike(gang), fault.lost_s))
     began_s = time.monotonic()
     gang.wait_gone(fault.gone_s - lost_s)
     gone_s = lost_s + time.monotonic() - began_s
     print(f"{name}: lost after {lost_s:.2f} s, gone after {gone_s:.2f} s")
-    assert set(Path("/dev/shm").glob(DEEPSPEED_BUFFERS)) <= buffers
+    assert not [path for path in shared if path.exists()], "memory is left"
 
 
 FAULTS_OF_ONE = {
@@ -150,22 +149,20 @@ def test_group_of_two_ranks_fails_as_a_whole(redis_server: RedisServer, name: st
     with running_gang(*options(redis_server, *TP)) as gang:
         assert len(gang.workers) == len(gang.named("mover_start")) == 2
         assert len(gang.named("guardian")) == 3
+        assert len(gang.shared_memory()) >= 2, "each rank has a buffer"
         check(gang, name, FAULTS_OF_TWO[name])
 
 
 def family(leader_pid: int) -> list[psutil.Process]:
-    """Return what belongs to a group of two stages under Ray: workers are no children there."""
+    """Return what belongs to a group of two stages under Ray: workers are no children there.
+
+    Only descendants of this process are looked at: other Rays of the machine are none of ours.
+    """
     leader = psutil.Process(leader_pid)
-    workers = [p for p in psutil.process_iter() if "ray::WorkerActor" in " ".join(cmdline(p))]
+    ours = psutil.Process().children(recursive=True)
+    workers = [process for process in ours if "ray::WorkerActor" in cmdline(process)]
     assert len(workers) == 2, workers
     return [member for p in (leader, *workers) for member in (p, *p.children(recursive=True))]
-
-
-def cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 def test_group_under_ray_is_built_anew_and_leaves_nothing(redis_server: RedisServer) -> None:
@@ -185,7 +182,7 @@ def check_rebuilt(client: Client, strike: Callable[[int, int], None]) -> None:
 
     (before,) = leaders()
     members = family(before)
-    assert sum("guardian.py" in " ".join(cmdline(member)) for member in members) == 3
+    assert sum("guardian.py" in cmdline(member) for member in members) == 3
     strike(before, signal.SIGKILL)
     gone_s = wait_until(lambda: not any(map(is_alive, members)), 2 * LIMIT_S, "all of it ends")
     rebuilt_s = wait_until(lambda: leaders() not in ([], [before]), REBUILD_S, "there is another")

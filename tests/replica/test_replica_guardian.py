@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.replica.guardian_start import GuardianHandle
+from cluster.replica import guardian, guardian_start
+from cluster.replica.guardian_start import ANSWER_TIMEOUT_S, GuardianHandle
 from cluster.replica.processes import ProcessId
 
 pytestmark = [pytest.mark.timeout(120)]
@@ -124,11 +125,12 @@ def test_stopped_process_is_killed_with_all_that_belongs_to_it(name: str) -> Non
         check_nothing_remains(running, name)
 
 
-def test_busy_process_is_left_alone(name: str) -> None:
+def test_busy_process_is_left_alone_and_keeps_its_guardian(name: str) -> None:
     with ward(name, timeout_s=1.5) as running:
-        running.do("until = time.monotonic() + 4.0")
+        running.do(f"until = time.monotonic() + {ANSWER_TIMEOUT_S + 2.0}")
         running.do("while time.monotonic() < until: pass")
         assert running.process.poll() is None and not is_gone(running.child)
+        assert not is_gone(running.guardian), "it has answered all the time"
 
 
 def test_process_that_ends_well_needs_no_killing(name: str) -> None:
@@ -159,6 +161,37 @@ def test_killed_guardian_is_replaced_by_one_that_knows_as_much(name: str) -> Non
         wait_until(lambda: is_gone(running.child), "the child ends")
 
 
+def test_stopped_guardian_is_replaced_by_one_that_watches(name: str) -> None:
+    with ward(name) as running:
+        running.guardian.suspend()
+        wait_until(lambda: is_gone(running.guardian), "it is killed")
+        running.do(f"while guardian.pid in (None, {running.guardian.pid}): time.sleep(0.01)")
+        assert (Path("/dev/shm") / name).exists() and not is_gone(running.child)
+        running.child.suspend()
+        os.kill(running.process.pid, signal.SIGSTOP)
+        assert running.process.wait(SLACK_S) == -signal.SIGKILL
+        wait_until(lambda: is_gone(running.child), "the child ends")
+        wait_until(lambda: not (Path("/dev/shm") / name).exists(), "the name goes")
+
+
+def test_guardian_goes_on_where_nobody_reads_its_answers(name: str) -> None:
+    unread, answers = os.pipe()
+    os.set_blocking(answers, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(answers, bytes(65536))
+    os.set_blocking(answers, True)
+    command = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=answers) as process:
+        try:
+            process.communicate(f"name {name}\n".encode(), timeout=SLACK_S)
+        finally:
+            process.kill()
+    os.close(unread)
+    os.close(answers)
+    assert not (Path("/dev/shm") / name).exists()
+
+
 def test_guardian_is_small(name: str) -> None:
     with ward(name) as running:
         assert running.guardian.memory_info().rss < MAX_BYTES
@@ -177,14 +210,61 @@ def test_number_that_another_process_has_now_is_not_killed() -> None:
             bystander.kill()
 
 
-def test_group_without_a_guardian_is_told_of(
+def has_guardian(handle: GuardianHandle) -> bool:
+    """Return whether there is one that is not a test's."""
+    with contextlib.suppress(psutil.Error):
+        return handle.pid is not None and sys.executable in psutil.Process(handle.pid).cmdline()
+    return False
+
+
+def test_guardian_that_cannot_start_is_told_of_once_and_tried_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    guardian = GuardianHandle()
-    guardian.arm(TIMEOUT_S)
-    assert guardian.pid is None and "no guardian" in caplog.text
-    guardian.close()
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", "/nonexistent/python")
+        handle = GuardianHandle()
+        handle.arm(60.0)
+        assert handle.pid is None and "no guardian: [Errno 2]" in caplog.text
+    wait_until(lambda: has_guardian(handle), "there is one")
+    handle.close()
+    assert len(caplog.records) == 1
+
+
+def test_guardian_that_ends_at_once_is_tried_again_more_and_more_seldom(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    starts, program = tmp_path / "starts", tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho >> {starts}\nexit 3\n")
+    program.chmod(0o755)
+    began_s = time.monotonic()
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", str(program))
+        handle = GuardianHandle()
+        handle.add_name(name)
+        wait_until(lambda: starts.exists() and len(starts.read_text()) >= 4, "4 were started")
+        assert time.monotonic() - began_s >= 0.2 + 0.4 + 0.8
+    assert [record.args for record in caplog.records] == [("it ended with status 3",)]
+    wait_until(lambda: has_guardian(handle), "there is one that lasts")
+    handle.close()
+    assert not (Path("/dev/shm") / name).exists()
+
+
+def test_guardian_that_lasted_is_told_of_when_it_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guardian_start, "MAX_DELAY_S", 0.4)
+    handle = GuardianHandle()
+
+    def is_told_of_twice() -> bool:
+        wait_until(lambda: has_guardian(handle), "there is one")
+        lasts_until_s = time.monotonic() + 1.0
+        wait_until(lambda: time.monotonic() > lasts_until_s, "it lasts")
+        assert handle.pid is not None
+        os.kill(handle.pid, signal.SIGKILL)
+        return len(caplog.records) >= 2
+
+    wait_until(is_told_of_twice, "it was no failure to start")
+    handle.close()
 
 
 def test_identity_tells_a_process_from_those_that_ended() -> None:
