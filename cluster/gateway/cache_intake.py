@@ -7,9 +7,9 @@ import time
 
 from cluster.errors import InvalidArgumentError
 from cluster.gateway import validation
-from cluster.gateway.generation import GatewayParts
 from cluster.gateway.identity import Caller
 from cluster.gateway.intake import limits_of
+from cluster.gateway.parts import GatewayParts
 from cluster.gateway.prefix_record import NAME_PATTERN, PrefixRecord
 from cluster.gateway.validation import Limits
 from cluster.rpc.sluice.v1 import cache_pb2

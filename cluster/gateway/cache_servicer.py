@@ -12,8 +12,8 @@ import grpc
 
 from cluster.errors import InvalidArgumentError, PermissionDeniedError, SluiceError
 from cluster.gateway.cache_intake import read_inspected, read_prefix
-from cluster.gateway.generation import GatewayParts
 from cluster.gateway.identity import Caller, caller_of
+from cluster.gateway.parts import GatewayParts
 from cluster.gateway.prefix_keeper import PrefixKeeper
 from cluster.gateway.prefix_record import PrefixRecord
 from cluster.gateway.prefixes import STORE_IS_SILENT

@@ -44,8 +44,6 @@ from cluster.router.route import Outcome, RouteRequest
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.types import SLO, EngineOutput, EngineRequest, FinishReason, SampledToken
 
-__all__ = ["ClientCall", "GatewayParts", "Generation", "Resumption"]
-
 _MAX_REFUSALS = 2  # of replicas, until the last one is passed on
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0  # between refusals of a request that was admitted before
 _MIN_TTFT_S = 1e-6  # of an objective whose time is over

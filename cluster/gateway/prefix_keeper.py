@@ -13,7 +13,8 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 from cluster.errors import SluiceError
-from cluster.gateway.generation import ClientCall, GatewayParts, Generation
+from cluster.gateway.generation import Generation
+from cluster.gateway.parts import ClientCall, GatewayParts
 from cluster.gateway.prefix_record import PrefixRecord, record_key
 from cluster.gateway.stored_blocks import Prompt, StoredBlocks
 from cluster.kvstore.store import Store

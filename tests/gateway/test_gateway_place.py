@@ -20,7 +20,8 @@ from tenant_files import KEYS, auth_config, bearer, sha256, write_tenants
 from cluster.client import AsyncClient, Queued, Running
 from cluster.config import ClusterConfig
 from cluster.errors import DeadlineError, OverloadedError, UnavailableError
-from cluster.gateway.generation import ClientCall, Generation
+from cluster.gateway.generation import Generation
+from cluster.gateway.parts import ClientCall
 from cluster.router.dispatcher import Dispatcher
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
