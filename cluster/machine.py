@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -15,6 +19,26 @@ def cache_folder(name: str) -> Path:
     """
     root = os.environ.get("SLUICE_CACHE_DIR", "")
     return (Path(root) if root else Path.home() / ".cache" / "sluice") / name
+
+
+@contextmanager
+def locked(path: Path, *, timeout_s: float) -> Iterator[None]:
+    """Hold a lock between processes; the system frees it when its holder dies.
+
+    Raises:
+        TimeoutError: Another process held it for that long.
+    """
+    deadline = time.monotonic() + timeout_s
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"another process holds {path} too long") from None
+                time.sleep(0.1)
+        yield
 
 
 def cpu_name() -> str:

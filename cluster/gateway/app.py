@@ -33,9 +33,9 @@ from cluster.kvstore.open import open_block_store, open_store
 from cluster.kvstore.store import Store
 from cluster.metrics import Metrics
 from cluster.model.checkpoint import check_layout, check_quantization, inspect_checkpoint
-from cluster.model.collective import check_compiler
 from cluster.model.footprint import check_fits
 from cluster.model.quantization.check import check_kernels
+from cluster.model.shm_operator import check_compiler
 from cluster.replica.placement import check_devices, group_num_cpus
 from cluster.replica.ray_actors import STOP_MARGIN_S, WILDCARD_HOSTS, group_deployment
 

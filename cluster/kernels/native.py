@@ -10,7 +10,6 @@ serves, slower; the log says why. SLUICE_KERNELS=avx512_bf16|avx512|avx2|torch f
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -19,16 +18,14 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from cluster.errors import ConfigError
-from cluster.machine import cache_folder
+from cluster.machine import cache_folder, locked
 
 SOURCES = Path(__file__).parent / "cpu"
 BUILD_TIMEOUT_S = 600.0
@@ -130,7 +127,7 @@ def _built(name: str) -> Path:
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock"):
+    with locked(folder / "lock", timeout_s=BUILD_TIMEOUT_S):
         if not library.exists():
             started = time.monotonic()
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -154,22 +151,6 @@ def _compiler() -> str:
     if path is None:
         raise _BuildError("there is no C++ compiler (Debian, Ubuntu: apt-get install g++)")
     return path
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; the system frees it when its holder dies."""
-    deadline = time.monotonic() + BUILD_TIMEOUT_S
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise _BuildError(f"another process holds {path} too long") from None
-                time.sleep(0.1)
-        yield
 
 
 def _compile(name: str, folder: Path) -> list[Path]:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import sys
-import sysconfig
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cluster.errors import ConfigError
+from cluster.model.shm_operator import check_compiler, load_operator
 
 logger = logging.getLogger(__name__)
 
@@ -68,21 +66,6 @@ class DeepSpeedCollective:
         parts = [torch.empty_like(tensor) for _ in range(self._tp)]
         self._comm.all_gather(parts, tensor.contiguous())
         return torch.cat(parts, dim=-1)
-
-
-def check_compiler() -> None:
-    """Return if this machine can build DeepSpeed's operator for the CPU.
-
-    Raises:
-        ConfigError: There is no C++ compiler.
-    """
-    if shutil.which("g++") is None:
-        raise ConfigError(
-            "parallel.tp: g++ not found: tensor parallelism on CPUs compiles DeepSpeed's "
-            "shared-memory operator at first use; install g++ (apt-get install g++) or use "
-            "parallel.tp=1",
-            field="parallel.tp",
-        )
 
 
 def init_tensor_parallel(
@@ -148,13 +131,11 @@ def init_world(
         MASTER_PORT=str(port),
         DS_ACCELERATOR=device,
     )
-    # ninja comes as a package: its command may lie only beside this interpreter.
-    scripts = sysconfig.get_path("scripts")
-    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
-        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)])
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs, ours is the standard output
         import deepspeed.comm as comm
 
+        if device == "cpu":
+            load_operator(timeout_s=timeout_s)
         comm.init_distributed(
             dist_backend="nccl" if device == "cuda" else "gloo",
             auto_mpi_discovery=False,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from model_fakes import drive, greedy_spec, make_runner, prompts, run_pipeline, save_model, spec
 
 from cluster.errors import ConfigError
-from cluster.model.collective import NoCollective, check_compiler, init_tensor_parallel
+from cluster.model.collective import NoCollective, init_tensor_parallel
 from cluster.model.runner import ShardSpec
+from cluster.model.shm_operator import check_compiler, load_operator, operator_folder
 from cluster.step import StepPlan
 from cluster.types import SampledToken
 
@@ -87,3 +89,33 @@ def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"g\+\+ not found.*install g\+\+"):
         check_compiler()
+
+
+@pytest.mark.integration
+def test_a_compilation_that_is_killed_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLUICE_CACHE_DIR", str(tmp_path))
+    built = operator_folder() / "deepspeed_shm_comm"
+    context = multiprocessing.get_context("spawn")
+    first = context.Process(target=load_operator, kwargs={"timeout_s": TIMEOUT_S})
+    first.start()
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (built / "lock").exists():  # torch's: it compiles
+            assert first.is_alive() and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        first.kill()
+        first.join()
+    assert (built / "lock").exists()
+    assert not (built / "deepspeed_shm_comm.so").exists()
+    second = context.Process(target=load_operator, kwargs={"timeout_s": TIMEOUT_S})
+    second.start()
+    try:
+        second.join(TIMEOUT_S)
+        assert second.exitcode == 0
+        assert (built / "deepspeed_shm_comm.so").exists()
+        assert not (built / "lock").exists()
+    finally:
+        second.kill()
