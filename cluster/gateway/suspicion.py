@@ -27,11 +27,6 @@ class Suspicion:
         self.num_blank = 0  # replicas in a row that were lost and gave it no token
 
     @property
-    def is_suspect(self) -> bool:
-        """Whether a replica was lost with it, and it has got no token since."""
-        return self._num_lost > 0
-
-    @property
     def needs_trial(self) -> bool:
         """Whether it must not run beside others that do."""
         return self._num_lost >= MAX_LOST

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import sys
 from datetime import timedelta
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cluster.errors import UnavailableError
 from cluster.model.shm_operator import check_compiler, load_operator
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,8 @@ def init_tensor_parallel(
 
     Raises:
         ConfigError: There is no C++ compiler.
+        UnavailableError: There is too little shared memory.
+        TimeoutError: Another process compiles DeepSpeed's operator all the time.
     """
     if tp == 1:
         return NoCollective()
@@ -121,6 +125,10 @@ def init_world(
         port: A free port there.
         device: "cpu" (gloo and shared memory) or "cuda" (NCCL).
         timeout_s: For all ranks to arrive, seconds.
+
+    Raises:
+        UnavailableError: There is too little shared memory.
+        TimeoutError: Another process compiles DeepSpeed's operator all the time.
     """
     os.environ.update(
         RANK=str(rank),
@@ -145,12 +153,33 @@ def init_world(
             world_size=size,
         )
     if device == "cpu":
-        comm.barrier()  # every rank has mapped every buffer: their names are needed no more
-        _unlink_buffer(rank, host, port)
+        buffers = f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{host}_{port}_"
+        comm.barrier()  # every rank has mapped every buffer
+        check_buffers(buffers)
+        comm.barrier()  # every rank has looked: their names are needed no more
+        Path(f"{buffers}{rank}").unlink(missing_ok=True)  # so that no way to end leaves it behind
     return comm
 
 
-def _unlink_buffer(rank: int, master_address: str, master_port: int) -> None:
-    """Remove the name of this rank's shared memory, so that no way to end leaves it behind."""
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{master_address}_{master_port}_{rank}"
-    (Path("/dev/shm") / name).unlink(missing_ok=True)
+def check_buffers(prefix: str) -> None:
+    """Return if each rank's shared memory is as large as this one has mapped it.
+
+    DeepSpeed takes what it gets, and dies of it when a message is larger.
+
+    Args:
+        prefix: Of their paths.
+
+    Raises:
+        UnavailableError: One is smaller.
+    """
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, *_, path = line.split(maxsplit=5)
+        if path.startswith(prefix):
+            begin, _, end = place.partition("-")
+            wanted, got = int(end, 16) - int(begin, 16), Path(path).stat().st_size
+            if wanted > got + mmap.PAGESIZE:
+                raise UnavailableError(
+                    f"/dev/shm is full: tensor parallelism wants {wanted} bytes of it for each rank"
+                    f", and one got {got}: enlarge it (docker run --shm-size; on Kubernetes an "
+                    "emptyDir with medium: Memory), or use parallel.tp=1"
+                )

@@ -11,7 +11,8 @@
 
 A program of its own (`python -I -S guardian.py PID`), of a few megabytes, since it imports next to
 nothing. It is the process's child, so the process's number cannot be used again under its eyes. Its
-own ticks are counted, as in liveness.py: where the whole machine stood still nobody is killed.
+own ticks are counted, as in liveness.py: where the whole machine stood still nobody is killed. Nor
+is a tick counted during which the process had work and no processor: it is not the one that hangs.
 """
 
 import os
@@ -23,16 +24,40 @@ import time
 TICK_S = 0.1
 GRACE_S = 0.3  # for what ends by itself when the process is gone
 _SHARED_MEMORY = "/dev/shm/"
+_CLOCK_TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 
 
 def start_of(pid: int) -> str:
     """Return when a process started, in ticks of the machine's clock; nothing if it has ended."""
+    state, *fields = _fields(f"/proc/{pid}/stat")
+    return "" if state in (b"", b"Z", b"X") else fields[18].decode()
+
+
+def processor_need(pid: int) -> tuple[int, float]:
+    """Return how many threads of a process run or wait for a processor, and what it has used.
+
+    Of processor time, seconds. A process that has ended needs nothing.
+    """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - pathlib is heavy
-            state, *fields = file.read().rpartition(b")")[2].split()
+        num_runnable = sum(_fields(path)[0] == b"R" for path in _threads(pid))
+        user, system = _fields(f"/proc/{pid}/stat")[11:13]
+    except (OSError, IndexError):
+        return 0, 0.0
+    return num_runnable, (int(user) + int(system)) * _CLOCK_TICK_S
+
+
+def _threads(pid: int) -> list[str]:
+    folder = f"/proc/{pid}/task/"
+    return [f"{folder}{thread}/stat" for thread in os.listdir(folder)]  # noqa: PTH208
+
+
+def _fields(path: str) -> list[bytes]:
+    """Return what follows the name in a file `stat`, the state first; nothing of a lost thread."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - pathlib is heavy
+            return file.read().rpartition(b")")[2].split()
     except OSError:
-        return ""
-    return "" if state in (b"Z", b"X") else fields[18].decode()
+        return [b""]
 
 
 class Guardian:
@@ -51,6 +76,7 @@ class Guardian:
         self._rest = b""  # of a line whose end has not come
         self._limit_s = 0.0
         self._silent_s = 0.0
+        self._used_s = 0.0  # of processor time by the parent, when it was looked at last
         self._children: dict[int, str] = {}
         self._names: dict[str, None] = {}
 
@@ -60,13 +86,22 @@ class Guardian:
         while self._read() and os.getppid() == self._pid:
             self._answer()
             now_s = time.monotonic()
-            self._silent_s += min(now_s - before_s, 2 * TICK_S)
+            elapsed_s = min(now_s - before_s, 2 * TICK_S)
             before_s = now_s
+            if not 0 < self._limit_s < 2 * self._silent_s or not self._is_starved(elapsed_s):
+                self._silent_s += elapsed_s
             if 0 < self._limit_s < self._silent_s:
+                _say(f"process {self._pid} has not run for {self._limit_s:g} s: it is killed")
                 os.kill(self._pid, signal.SIGKILL)
                 self._remove(0.0)  # what belongs to a process that hung has had time enough
                 return
         self._remove(GRACE_S)
+
+    def _is_starved(self, elapsed_s: float) -> bool:
+        """Return whether the parent had work for half a processor more than it got."""
+        before_s = self._used_s
+        num_runnable, self._used_s = processor_need(self._pid)
+        return num_runnable * elapsed_s - (self._used_s - before_s) >= 0.5 * elapsed_s
 
     def _read(self) -> bool:
         """Wait for lines, a tick at the most; return whether the parent's end is open."""
@@ -106,6 +141,13 @@ class Guardian:
 
     def _living(self) -> list[int]:
         return [pid for pid, start in self._children.items() if start_of(pid) == start]
+
+
+def _say(line: str) -> None:
+    try:
+        os.write(2, f"guardian: {line}\n".encode())
+    except OSError:  # nobody reads
+        return
 
 
 def _kill(pid: int) -> None:

@@ -80,7 +80,11 @@ class GroupMonitor:
         before_s = time.monotonic()
         while not self._is_over.wait(TICK_S):
             now_s = time.monotonic()
-            reason = self._look(now_s - before_s)
+            try:
+                reason = self._look(now_s - before_s)
+            except Exception as error:  # a group that nobody watches is not left to itself
+                logger.exception("the monitor fails")
+                reason = f"nobody watches the group: {type(error).__name__}: {error}"
             before_s = now_s
             if reason and not self._is_over.is_set():
                 self._fail(reason)

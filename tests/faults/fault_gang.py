@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from fault_cluster import wait_until
 
 import cluster
@@ -49,6 +50,7 @@ HOST = "127.0.0.1"
 NUM_BLOCKS = 256
 MAX_MODEL_LEN = 2048
 SHARED_MEMORY = "/dev/shm/"
+BUSY_S = 8.0  # of a step that computes for long: more than any of the limits
 
 
 class Gang:
@@ -167,21 +169,33 @@ class FailingExecutor(InProcessExecutor):
     """Fails as a signal says."""
 
     error: Exception | None = None
+    is_long = False  # the next step
 
     def collect(self, timeout_s: float) -> StepResult:
         if self.error is not None:
             raise self.error
+        if self.is_long:
+            self.is_long = False
+            compute_for_long()
         return super().collect(timeout_s)
 
 
+def compute_for_long(*_: Any) -> None:
+    """Use the processor, as a long prompt does."""
+    matrix, until_s = torch.ones(256, 256), time.monotonic() + BUSY_S
+    while time.monotonic() < until_s:
+        matrix = matrix @ matrix / 256
+
+
 def failing_worker(spec: WorkerSpec) -> None:
-    """Work, and run out of memory, or wait for ever, when a signal says so."""
+    """Work, and run out of memory, wait for ever, or compute for long, when a signal says so."""
 
     def fail(*_: Any) -> None:
         raise MemoryError("no memory for a test")
 
     signal.signal(signal.SIGUSR1, fail)
     signal.signal(signal.SIGUSR2, lambda *_: time.sleep(3600))
+    signal.signal(signal.SIGRTMIN, compute_for_long)
     run_worker(spec)
 
 
@@ -247,7 +261,11 @@ class _Group:
         def fail() -> None:
             executor.error = RuntimeError("can't allocate memory: you tried to allocate 1 byte")
 
+        def take_long() -> None:
+            executor.is_long = True
+
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, fail)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGRTMIN, take_long)
         return executor
 
     async def _start_workers(self) -> Executor:

@@ -7,19 +7,20 @@ seconds; LIMIT_S leaves as much again for a machine whose cores are shared.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import grpc
 import psutil
 import pytest
 from fault_cluster import wait_until
-from fault_gang import Gang, cmdline, is_alive, running_gang, start_process
+from fault_gang import BUSY_S, Gang, cmdline, is_alive, running_gang, start_process
 from ray.util.placement_group import placement_group_table
 from redis_server import RedisServer
 
@@ -65,30 +66,51 @@ async def loss(stream: OutputStream) -> str:
                 return output.error
 
 
-async def seconds_to_loss(gang: Gang, fault: Callable[[], None], limit_s: float) -> float:
-    """Stream from a group, do something to it; return when the stream has heard of it."""
-    replica = gang.config.replica
+@contextlib.asynccontextmanager
+async def streaming(gang: Gang, num_tokens: int) -> AsyncIterator[OutputStream]:
+    """Connect to a group as a gateway does, and stream; the first tokens have come."""
     link = LeaderLink(
         gang.info,
         table=ReplicaTable(),
         index=PrefixIndex(),
-        silence_s=replica.heartbeat_timeout_s,
+        silence_s=gang.config.replica.heartbeat_timeout_s,
         on_change=lambda: None,
     )
     try:
         async with asyncio.timeout(60):
             while not link.is_connected:  # noqa: ASYNC110 - it has no event for that
                 await asyncio.sleep(0.01)
-            sampling = SamplingParams(max_tokens=2000, ignore_eos=True)
+            sampling = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
             stream = link.submit(EngineRequest("a", (1, 2, 3), sampling))
             await stream.take()
+        yield stream
+    finally:
+        await link.stop()
+
+
+async def seconds_to_loss(gang: Gang, fault: Callable[[], None], limit_s: float) -> float:
+    """Stream from a group, do something to it; return when the stream has heard of it."""
+    async with streaming(gang, num_tokens=2000) as stream:
         began_s = time.monotonic()
         fault()
         async with asyncio.timeout(limit_s):
             print(await loss(stream))
         return time.monotonic() - began_s
-    finally:
-        await link.stop()
+
+
+async def longest_gap_s(gang: Gang, disturb: Callable[[], None]) -> float:
+    """Stream from a group, do something to it; return the longest time without a token."""
+    async with streaming(gang, num_tokens=300) as stream:
+        disturb()
+        gap_s, last_s, is_over = 0.0, time.monotonic(), False
+        while not is_over:
+            async with asyncio.timeout(60):
+                outputs = await stream.take()
+            now_s = time.monotonic()
+            gap_s, last_s = max(gap_s, now_s - last_s), now_s
+            assert not any(output.error for output in outputs), outputs
+            is_over = any(output.finish_reason is not None for output in outputs)
+        return gap_s
 
 
 @dataclass(frozen=True)
@@ -151,6 +173,17 @@ def test_group_of_two_ranks_fails_as_a_whole(redis_server: RedisServer, name: st
         assert len(gang.named("guardian")) == 3
         assert len(gang.shared_memory()) >= 2, "each rank has a buffer"
         check(gang, name, FAULTS_OF_TWO[name])
+
+
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=needs_compiler)])
+def test_step_that_computes_for_long_is_not_dead(redis_server: RedisServer, tp: int) -> None:
+    with running_gang(*options(redis_server, f"parallel.tp={tp}")) as gang:
+        replica = gang.config.replica
+        assert max(replica.heartbeat_timeout_s, replica.stuck_timeout_s) < BUSY_S
+        busy = gang.leader if tp == 1 else gang.workers[1]
+        gap_s = asyncio.run(longest_gap_s(gang, lambda: busy.send_signal(signal.SIGRTMIN)))
+        assert gap_s > 0.9 * BUSY_S, "there was a long step"
+        assert gang.left() == gang.members, "all of it is there"
 
 
 def family(leader_pid: int) -> list[psutil.Process]:

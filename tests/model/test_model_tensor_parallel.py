@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import mmap
 import multiprocessing
+import os
 import socket
 import time
 from pathlib import Path
@@ -10,8 +12,8 @@ import pytest
 import torch
 from model_fakes import drive, greedy_spec, make_runner, prompts, run_pipeline, save_model, spec
 
-from cluster.errors import ConfigError
-from cluster.model.collective import NoCollective, init_tensor_parallel
+from cluster.errors import ConfigError, UnavailableError
+from cluster.model.collective import NoCollective, check_buffers, init_tensor_parallel
 from cluster.model.runner import ShardSpec
 from cluster.model.shm_operator import check_compiler, load_operator, operator_folder
 from cluster.step import StepPlan
@@ -83,6 +85,17 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 def test_one_rank_needs_no_process_group() -> None:
     assert isinstance(init_tensor_parallel(0, 1, 0), NoCollective)
     assert not torch.distributed.is_initialized()
+
+
+def test_shared_memory_that_is_too_small_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "buffer_0"
+    path.write_bytes(bytes(16 * mmap.PAGESIZE))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        check_buffers(str(tmp_path / "buffer_"))
+        os.truncate(path, mmap.PAGESIZE)
+        with pytest.raises(UnavailableError, match=f"wants {16 * mmap.PAGESIZE} bytes.*--shm-size"):
+            check_buffers(str(tmp_path / "buffer_"))
+        check_buffers(str(tmp_path / "another_"))
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

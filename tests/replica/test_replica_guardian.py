@@ -57,10 +57,14 @@ class Ward:
         self.child, self.guardian = map(psutil.Process, json.loads(self.process.stdout.readline()))
 
     def do(self, line: str) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        self.tell(line)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "done\n"
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        assert self.process.stdout.readline() == "done\n"
 
 
 @pytest.fixture
@@ -82,6 +86,21 @@ def ward(name: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ward]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         running.process.wait()
+
+
+@contextlib.contextmanager
+def busy_processor() -> Iterator[tuple[int, list[subprocess.Popen[bytes]]]]:
+    """Number of a processor, and what keeps it busy."""
+    cpu = max(os.sched_getaffinity(0))
+    spinners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        for spinner in spinners:
+            os.sched_setaffinity(spinner.pid, {cpu})
+        yield cpu, spinners
+    finally:
+        for spinner in spinners:
+            spinner.kill()
+            spinner.wait()
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -131,6 +150,24 @@ def test_busy_process_is_left_alone_and_keeps_its_guardian(name: str) -> None:
         running.do("while time.monotonic() < until: pass")
         assert running.process.poll() is None and not is_gone(running.child)
         assert not is_gone(running.guardian), "it has answered all the time"
+
+
+def test_process_that_gets_no_processor_is_left_alone(name: str) -> None:
+    with ward(name) as running, busy_processor() as (cpu, spinners):
+        wait_until(lambda: ignores(running.guardian, (signal.SIGTERM,)), "it has started")
+        process = psutil.Process(running.process.pid)
+        for thread in process.threads():
+            os.sched_setscheduler(thread.id, os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setaffinity(thread.id, {cpu})
+        running.tell("while True: pass")
+        before_s = process.cpu_times().user
+        time.sleep(10 * TIMEOUT_S)
+        assert process.cpu_times().user - before_s < TIMEOUT_S, "it was starved"
+        assert running.process.poll() is None
+        for spinner in spinners:
+            spinner.kill()
+        os.kill(running.process.pid, signal.SIGSTOP)
+        assert running.process.wait(SLACK_S) == -signal.SIGKILL, "stopped, it needs no processor"
 
 
 def test_process_that_ends_well_needs_no_killing(name: str) -> None:

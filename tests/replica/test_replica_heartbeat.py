@@ -27,6 +27,7 @@ class StepLoop:
 
     cpu_s: float = 0.0
     step_age_s: float = 0.0
+    is_running: bool = True
 
 
 @dataclass
@@ -115,6 +116,21 @@ def test_monitor_notices_an_event_loop_that_hangs() -> None:
     with watched(1) as scene:
         assert scene.has_failed.wait(WAIT_S)
         assert scene.reasons == ["the leader's event loop hangs: replica.stuck_timeout_s=1"]
+
+
+def test_monitor_notices_that_the_engine_has_ended() -> None:
+    with watched(1) as scene:
+        scene.loop.is_running = False
+        beat(scene, WAIT_S)
+        assert scene.reasons == ["the engine's thread has ended"]
+
+
+def test_monitor_that_fails_itself_fails_the_group() -> None:
+    with watched(1) as scene:
+        scene.loop.step_age_s = "old"  # type: ignore[assignment]
+        beat(scene, WAIT_S)
+        (reason,) = scene.reasons
+        assert reason.startswith("nobody watches the group: TypeError")
 
 
 def test_stopped_monitor_accuses_nobody() -> None:

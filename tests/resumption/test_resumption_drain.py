@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 
 FLOAT32 = "model.dtype=float32"
 DRAIN_TIMEOUT_S = 10.0
-NUM_STREAMS = 20
+NUM_STREAMS = 200
 NUM_TOKENS = 64
 MIN_STEP_S = 0.05  # no stream ends by itself between a signal and what follows it
 
@@ -56,7 +56,7 @@ async def test_drained_gateway_sends_its_streams_to_the_other_one(nursery: Nurse
         ResumptionCluster(layout, nursery) as cluster,
         AsyncClient(cluster.addresses) as client,
     ):
-        load = Load(client, NUM_STREAMS // 2, NUM_TOKENS, resume_timeout_s=10.0)
+        load = Load(client, NUM_STREAMS // 20, NUM_TOKENS, resume_timeout_s=10.0)
         await load.learn()
         drained = cluster.gateways[cluster.addresses[0]]
 
