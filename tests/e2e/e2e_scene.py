@@ -22,7 +22,7 @@ NUM_GROUPS = 2
 NUM_GATEWAYS = 2
 DRAIN_S = 10.0
 REBUILD_S = 90.0  # a process that loads torch and the model, on a machine that does other things
-_NODE = {"num_cpus": 4, "include_dashboard": False}  # logical CPUs: one node has room for all
+NODE = {"num_cpus": 4, "include_dashboard": False}  # logical CPUs: one node has room for all
 
 LEADER = "ServeReplica:sluice:replica-group"
 GATEWAY = "ServeReplica:sluice:gateway"
@@ -116,6 +116,10 @@ class Scene:
         leader = ready_replicas(self.client)[0].leader_pid
         psutil.Process(leader).kill()
         wait_for_order(self.client, without={leader})
+        self.wait_running()
+
+    def wait_running(self) -> None:
+        """Wait until Serve is content with what runs."""
         wait_until(
             lambda: serve.status().applications[APP_NAME].status == "RUNNING",
             REBUILD_S,
@@ -129,10 +133,10 @@ def running_scene() -> Iterator[Scene]:
     with RedisServer() as server:
         redis_address = f"127.0.0.1:{server.port}"
         # Ray wants the address of its tables and, once more, that of their only shard.
-        head = {**_NODE, "external_addresses": [redis_address, redis_address]}
+        head = {**NODE, "external_addresses": [redis_address, redis_address]}
         nodes = Cluster(initialize_head=True, head_node_args=head)
         try:
-            nodes.add_node(**_NODE)
+            nodes.add_node(**NODE)
             config = cluster_config(server.url)
             check(config)
             with start(config, ray_address=nodes.address) as serving:

@@ -44,7 +44,7 @@ class Verdict:
     """What has become of all requests."""
 
     num_exact: int = 0
-    wrong: list[str] = field(default_factory=list)  # another answer than the undisturbed one
+    wrong: list[tuple[int, Answer]] = field(default_factory=list)  # stream; not the undisturbed one
     errors: list[str] = field(default_factory=list)  # ended with a status
     gaps_s: list[float] = field(default_factory=list)  # longest time without an event, each request
 
@@ -92,6 +92,16 @@ async def answer(client: AsyncClient, ask: Ask, gaps_s: list[float]) -> Answer:
     return Answer(tuple(tokens), text, reason, num_counted)
 
 
+def undisturbed(address: str, asks: Sequence[Ask]) -> list[Answer]:
+    """Return the answers of a cluster that nobody disturbs."""
+
+    async def ask_all() -> list[Answer]:
+        async with AsyncClient(address) as client:
+            return list(await asyncio.gather(*(answer(client, ask, []) for ask in asks)))
+
+    return asyncio.run(ask_all())
+
+
 class Streams:
     """A closed loop of streams in a thread of its own, while the context lasts.
 
@@ -104,7 +114,7 @@ class Streams:
     def __init__(self, address: str, asks: Sequence[Ask], *, pause_s: float = 0.2) -> None:
         self.verdict = Verdict()
         self._address, self._asks, self._pause_s = address, asks, pause_s
-        self._expected = asyncio.run(self._undisturbed())
+        self._expected = undisturbed(address, asks)
         self._num_rounds = [0] * len(asks)  # answers that each stream has got
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
@@ -134,10 +144,6 @@ class Streams:
             "every stream goes on",
         )
 
-    async def _undisturbed(self) -> list[Answer]:
-        async with AsyncClient(self._address) as client:
-            return list(await asyncio.gather(*(answer(client, ask, []) for ask in self._asks)))
-
     async def _run(self) -> None:
         async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
             for index in range(len(self._asks)):
@@ -158,7 +164,7 @@ class Streams:
                 if got == expected:
                     self.verdict.num_exact += 1
                 else:
-                    self.verdict.wrong.append(f"stream {index}: {got}, expected {expected}")
+                    self.verdict.wrong.append((index, got))
             self._num_rounds[index] += 1
             await asyncio.sleep(self._pause_s)
 
