@@ -203,8 +203,8 @@ class ReplicaConfig(_Section):
     heartbeat_timeout_s: float = Field(
         1.5,
         gt=0.2,
-        description="a process of a group that is silent this long, however busy it is, ends the "
-        "group; a leader that is silent this long loses its requests to other replicas",
+        description="a process of a group that is silent this long, though it has a processor, "
+        "ends the group; a leader that is silent this long loses its requests to other replicas",
     )
     stuck_timeout_s: float = Field(
         4.0,

@@ -36,7 +36,9 @@ def locked(path: Path, *, timeout_s: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"another process holds {path} too long") from None
+                    raise TimeoutError(
+                        f"{path} has been locked by another process for {timeout_s:g} s"
+                    ) from None
                 time.sleep(0.1)
         yield
 

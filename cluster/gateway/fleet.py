@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable
 
 from cluster.config import ReplicaConfig
@@ -59,6 +61,7 @@ class Fleet:
         self._quarantined: set[str] = set()  # ids of replicas that cannot be what they say
         self._changed = asyncio.Event()
         self._is_store_up = True
+        self._store_failed_s = -math.inf  # when it did last, by time.monotonic()
         self._is_stopped = False
         self._task: asyncio.Task[None] | None = None
 
@@ -71,6 +74,11 @@ class Fleet:
     def has_peers(self) -> bool:
         """Whether there are other gateways, as far as is known."""
         return any(gateway_id != self._gateway_id for gateway_id in self._peers)
+
+    @property
+    def store_up_s(self) -> float:
+        """For how long the store has answered this gateway, seconds; infinite: at all times."""
+        return time.monotonic() - self._store_failed_s
 
     def start(self) -> None:
         """Begin to look for leaders."""
@@ -133,6 +141,7 @@ class Fleet:
             if self._is_store_up:
                 logger.warning("store: %s; known replicas are kept", error)
             self._is_store_up = False
+            self._store_failed_s = time.monotonic()
             return
         self._is_store_up = True
         leased = {info.replica_id for info in infos}

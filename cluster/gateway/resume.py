@@ -38,6 +38,7 @@ from cluster.types import EngineRequest
 logger = logging.getLogger(__name__)
 
 _SUPERSEDE_TIMEOUT_S = 2.0  # for a call of the same request to end
+_JOURNALS_LATE_S = 5.0  # behind an outage of the store: circuit breakers of gateways close first
 _LOOK_INTERVAL_S = 0.05  # one that is about to run cannot be stopped before it does
 
 
@@ -66,6 +67,8 @@ class Resumer:
         Raises:
             InvalidArgumentError: The id or a token cannot be one.
             NotFoundError: There is no journal of the request, or none that can be read.
+            UnavailableError: The store does not answer, or did not a moment ago: then a journal
+                that is missing may still come.
             PermissionDeniedError: It is another tenant's.
             OutOfRangeError: The client is ahead of it.
             FailedPreconditionError: The client contradicts it.
@@ -85,6 +88,11 @@ class Resumer:
             await self._parts.journals.flush()
         with _asking_the_store():
             journal = await self._store.read_journal(request_id)
+        if journal is None and self._parts.fleet.store_up_s < _JOURNALS_LATE_S:
+            raise UnavailableError(
+                f"request_id={request_id!r} has no journal yet, and the store of journals did not "
+                "answer a moment ago: try again"
+            )
         resumption = _checked(message, journal, caller)
         if resumption.state.finish_reason is not None:
             # The call that finished it may still try to tell a client who has gone.

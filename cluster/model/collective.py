@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import sys
 from datetime import timedelta
@@ -21,6 +20,10 @@ from torch import Tensor
 
 from cluster.errors import UnavailableError
 from cluster.model.shm_operator import check_compiler, load_operator
+
+BUFFER_BYTES = 8 + 2 * (2**20 + 2**25)
+"""Of shared memory per rank: two states, and two buffers each for small and for large messages
+(`allreduce_workspace` in DeepSpeed's csrc/cpu/comm/shm.cpp)."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +96,7 @@ def init_tensor_parallel(
     Raises:
         ConfigError: There is no C++ compiler.
         UnavailableError: There is too little shared memory.
-        TimeoutError: Another process compiles DeepSpeed's operator all the time.
+        TimeoutError: Another process took too long to compile DeepSpeed's operator.
     """
     if tp == 1:
         return NoCollective()
@@ -128,7 +131,7 @@ def init_world(
 
     Raises:
         UnavailableError: There is too little shared memory.
-        TimeoutError: Another process compiles DeepSpeed's operator all the time.
+        TimeoutError: Another process took too long to compile DeepSpeed's operator.
     """
     os.environ.update(
         RANK=str(rank),
@@ -142,8 +145,10 @@ def init_world(
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs, ours is the standard output
         import deepspeed.comm as comm
 
+        buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{host}_{port}_{rank}")
         if device == "cpu":
             load_operator(timeout_s=timeout_s)
+            reserve_buffer(buffer)
         comm.init_distributed(
             dist_backend="nccl" if device == "cuda" else "gloo",
             auto_mpi_discovery=False,
@@ -153,33 +158,28 @@ def init_world(
             world_size=size,
         )
     if device == "cpu":
-        buffers = f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{host}_{port}_"
-        comm.barrier()  # every rank has mapped every buffer
-        check_buffers(buffers)
-        comm.barrier()  # every rank has looked: their names are needed no more
-        Path(f"{buffers}{rank}").unlink(missing_ok=True)  # so that no way to end leaves it behind
+        comm.barrier()  # every rank has mapped every buffer: their names are needed no more
+        buffer.unlink(missing_ok=True)  # so that no way to end leaves it behind
     return comm
 
 
-def check_buffers(prefix: str) -> None:
-    """Return if each rank's shared memory is as large as this one has mapped it.
+def reserve_buffer(path: Path, num_bytes: int = BUFFER_BYTES) -> None:
+    """Have the memory there that DeepSpeed will write a rank's buffer to.
 
-    DeepSpeed takes what it gets, and dies of it when a message is larger.
-
-    Args:
-        prefix: Of their paths.
+    DeepSpeed goes on with as much as it gets, and dies of that later, by a signal.
 
     Raises:
-        UnavailableError: One is smaller.
+        UnavailableError: There is too little shared memory.
     """
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        place, *_, path = line.split(maxsplit=5)
-        if path.startswith(prefix):
-            begin, _, end = place.partition("-")
-            wanted, got = int(end, 16) - int(begin, 16), Path(path).stat().st_size
-            if wanted > got + mmap.PAGESIZE:
-                raise UnavailableError(
-                    f"/dev/shm is full: tensor parallelism wants {wanted} bytes of it for each rank"
-                    f", and one got {got}: enlarge it (docker run --shm-size; on Kubernetes an "
-                    "emptyDir with medium: Memory), or use parallel.tp=1"
-                )
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise UnavailableError(
+            f"{path.parent} has no room for {num_bytes} bytes, which tensor parallelism on CPUs "
+            f"wants for each rank ({error.strerror}): enlarge it (docker run --shm-size; on "
+            "Kubernetes an emptyDir with medium: Memory), or use parallel.tp=1"
+        ) from error
+    finally:
+        os.close(descriptor)

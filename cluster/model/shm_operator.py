@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -20,7 +21,6 @@ from pathlib import Path
 import torch
 
 from cluster.errors import ConfigError
-from cluster.kernels.native import cpu_features
 from cluster.machine import cache_folder, locked
 
 
@@ -43,7 +43,7 @@ def load_operator(*, timeout_s: float) -> None:
     """Have DeepSpeed load its operator, compiled now if it is not there; about 20 s.
 
     DeepSpeed keeps it for this process: `init_distributed` finds it and compiles nothing. It sets
-    environment variables.
+    environment variables, TORCH_EXTENSIONS_DIR and DS_ACCELERATOR among them.
 
     Args:
         timeout_s: For another process's compilation.
@@ -51,6 +51,7 @@ def load_operator(*, timeout_s: float) -> None:
     Raises:
         TimeoutError: Another process compiled for that long.
     """
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -67,13 +68,16 @@ def load_operator(*, timeout_s: float) -> None:
     with locked(folder / "lock", timeout_s=timeout_s):
         if (folder / builder.NAME / "lock").exists():
             # Compilers outlive who started them: where they write nobody else may build.
-            shutil.rmtree(folder / builder.NAME)
+            left = folder / f"{builder.NAME}.{os.getpid()}"
+            (folder / builder.NAME).rename(left)
+            shutil.rmtree(left, ignore_errors=True)
         builder.load()
 
 
 def operator_folder() -> Path:
-    """Return where the operator lies: one folder per environment and kind of processor."""
+    """Return where the operator lies: one folder per environment."""
     digest = hashlib.sha256()
-    for part in (sys.prefix, torch.__version__, version("deepspeed"), *sorted(cpu_features())):
+    python = f"{sys.prefix} {sys.implementation.cache_tag} {platform.machine()}"
+    for part in (python, torch.__version__, version("deepspeed")):
         digest.update(part.encode() + b"\0")
     return cache_folder("deepspeed") / digest.hexdigest()[:16]

@@ -23,6 +23,7 @@ import time
 
 TICK_S = 0.1
 GRACE_S = 0.3  # for what ends by itself when the process is gone
+MAX_SPARED = 10  # times the limit; a process that gets no processor for so long is of no use
 _SHARED_MEMORY = "/dev/shm/"
 _CLOCK_TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 
@@ -33,22 +34,24 @@ def start_of(pid: int) -> str:
     return "" if state in (b"", b"Z", b"X") else fields[18].decode()
 
 
-def processor_need(pid: int) -> tuple[int, float]:
-    """Return how many threads of a process run or wait for a processor, and what it has used.
+def used_s(pid: int) -> float:
+    """Return the processor time that a process has used, seconds; 0 of one that has ended."""
+    fields = _fields(f"/proc/{pid}/stat")
+    return sum(map(int, fields[11:13])) * _CLOCK_TICK_S
 
-    Of processor time, seconds. A process that has ended needs nothing.
+
+def num_wanted(pid: int) -> int:
+    """Return how many processors a process could use: its threads that run or wait for one.
+
+    As many as it may run on at the most; 0 for a process that has ended.
     """
-    try:
-        num_runnable = sum(_fields(path)[0] == b"R" for path in _threads(pid))
-        user, system = _fields(f"/proc/{pid}/stat")[11:13]
-    except (OSError, IndexError):
-        return 0, 0.0
-    return num_runnable, (int(user) + int(system)) * _CLOCK_TICK_S
-
-
-def _threads(pid: int) -> list[str]:
     folder = f"/proc/{pid}/task/"
-    return [f"{folder}{thread}/stat" for thread in os.listdir(folder)]  # noqa: PTH208
+    try:
+        threads = os.listdir(folder)  # noqa: PTH208 - pathlib is heavy
+        most = len(os.sched_getaffinity(pid))
+    except OSError:
+        return 0
+    return min(most, sum(_fields(f"{folder}{thread}/stat")[0] == b"R" for thread in threads))
 
 
 def _fields(path: str) -> list[bytes]:
@@ -76,9 +79,15 @@ class Guardian:
         self._rest = b""  # of a line whose end has not come
         self._limit_s = 0.0
         self._silent_s = 0.0
-        self._used_s = 0.0  # of processor time by the parent, when it was looked at last
+        self._spared_s = 0.0  # of the silence, since the last line
+        self._used_s = 0.0  # processor time of the parent, at the last tick
         self._children: dict[int, str] = {}
         self._names: dict[str, None] = {}
+
+    @property
+    def is_too_silent(self) -> bool:
+        """Whether the parent is to be killed."""
+        return 0 < self._limit_s < self._silent_s
 
     def run(self) -> None:
         """Watch until the parent has ended, then remove what it has left."""
@@ -86,22 +95,25 @@ class Guardian:
         while self._read() and os.getppid() == self._pid:
             self._answer()
             now_s = time.monotonic()
-            elapsed_s = min(now_s - before_s, 2 * TICK_S)
+            self._tick(now_s - before_s)
             before_s = now_s
-            if not 0 < self._limit_s < 2 * self._silent_s or not self._is_starved(elapsed_s):
-                self._silent_s += elapsed_s
-            if 0 < self._limit_s < self._silent_s:
-                _say(f"process {self._pid} has not run for {self._limit_s:g} s: it is killed")
-                os.kill(self._pid, signal.SIGKILL)
+            if self.is_too_silent:
+                _kill(self._pid)
                 self._remove(0.0)  # what belongs to a process that hung has had time enough
+                _say(f"process {self._pid} did not run for {self._limit_s:g} s and was killed")
                 return
         self._remove(GRACE_S)
 
-    def _is_starved(self, elapsed_s: float) -> bool:
-        """Return whether the parent had work for half a processor more than it got."""
-        before_s = self._used_s
-        num_runnable, self._used_s = processor_need(self._pid)
-        return num_runnable * elapsed_s - (self._used_s - before_s) >= 0.5 * elapsed_s
+    def _tick(self, elapsed_s: float) -> None:
+        """Count a tick as silence, unless the parent was kept from running."""
+        before_s, self._used_s = self._used_s, used_s(self._pid)
+        is_suspect = 0 < self._limit_s < 2 * self._silent_s
+        if is_suspect and self._spared_s < MAX_SPARED * self._limit_s:
+            lacked_s = num_wanted(self._pid) * elapsed_s - (self._used_s - before_s)
+            if lacked_s >= 0.5 * elapsed_s:  # half a processor
+                self._spared_s += elapsed_s
+                return
+        self._silent_s += min(elapsed_s, 2 * TICK_S)
 
     def _read(self) -> bool:
         """Wait for lines, a tick at the most; return whether the parent's end is open."""
@@ -111,7 +123,7 @@ class Guardian:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self._take(line.decode().split(" "))
-            self._silent_s = 0.0
+            self._silent_s = self._spared_s = 0.0
         return bool(data)
 
     def _answer(self) -> None:
@@ -145,8 +157,9 @@ class Guardian:
 
 def _say(line: str) -> None:
     try:
-        os.write(2, f"guardian: {line}\n".encode())
-    except OSError:  # nobody reads
+        if select.select([], [2], [], 0.0)[1]:  # it waits for nobody who does not read
+            os.write(2, f"guardian: {line}\n".encode())
+    except OSError:  # nobody can read any more
         return
 
 

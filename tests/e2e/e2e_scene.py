@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import psutil
 import ray
-from e2e_streams import wait_until
 from ray import serve
 from ray.cluster_utils import Cluster
 from redis_server import RedisServer, free_port
+from waiting import wait_until
 
 from cluster.client import Client, ReplicaState
 from cluster.config import ClusterConfig, load_config

@@ -7,10 +7,12 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
+
+from waiting import wait_until
 
 from cluster.client import AsyncClient, Finished, TextDelta
 from cluster.errors import SluiceError
@@ -167,12 +169,3 @@ class Streams:
                     self.verdict.wrong.append((index, got))
             self._num_rounds[index] += 1
             await asyncio.sleep(self._pause_s)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
-    """Wait until something is so; return for how long, seconds."""
-    began_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began_s < timeout_s, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.05)
-    return time.monotonic() - began_s

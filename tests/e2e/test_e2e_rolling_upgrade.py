@@ -22,10 +22,11 @@ from e2e_scene import (
     ready_replicas,
     wait_for_order,
 )
-from e2e_streams import VOCAB_SIZE, Streams, ask_mix, undisturbed, wait_until
+from e2e_streams import VOCAB_SIZE, Streams, ask_mix, undisturbed
 from ray import serve
 from redis_server import RedisServer
 from safetensors.torch import load_file, save_file
+from waiting import wait_until
 
 from cluster.client import Client, ReplicaState, Running, TextDelta
 from cluster.gateway.app import APP_NAME, ServingCluster, build, check, start
@@ -152,10 +153,10 @@ def test_drained_replica_hands_its_blocks_over_through_the_store(cluster: Servin
 
         def num_fetched_tokens() -> int:
             caches = {replica.replica_id: replica.cache for replica in ready_replicas(client)}
-            now, then = caches[places[1]], before[places[1]]
-            return now.num_store_hit_tokens - then.num_store_hit_tokens
+            now, then = caches.get(places[1]), before[places[1]]
+            return now.num_store_hit_tokens - then.num_store_hit_tokens if now else 0
 
-        wait_until(lambda: num_fetched_tokens() > 0.9 * NUM_PROMPT_TOKENS, SLACK_S, "it read them")
+        wait_until(lambda: num_fetched_tokens() > NUM_PROMPT_TOKENS / 2, SLACK_S, "it read them")
         expected = client.generate(token_ids=prompt, sampling=sampling, timeout_s=60)
     assert tuple(tokens) == expected.token_ids
 
@@ -169,6 +170,8 @@ def test_upgrade_to_another_model_mixes_no_answers(
     make_other_model(cluster.config.model.folder, folder)
     plain["model"] |= {"path": str(folder), "name": cluster.config.model.served_name}
     asks = ask_mix(NUM_STREAMS)
+    with Client(cluster.address) as client:
+        wait_for_order(client, without=set())
     with Streams(cluster.address, asks) as streams:
         streams.wait_for_round(ROUND_S)
         Upgrade(cluster.config.gateway.port).run(build(plain))

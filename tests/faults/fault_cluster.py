@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -157,12 +156,3 @@ def check_answers(done: Sequence[Sequence[Answer]]) -> None:
     for index, (rounds, expected) in enumerate(zip(done, expected_answers(), strict=True)):
         for answer in rounds:
             assert answer.token_ids == expected, f"stream {index} answers something else"
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
-    """Wait until something is so; return for how long, seconds."""
-    began_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began_s < timeout_s, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.05)
-    return time.monotonic() - began_s

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 import torch
-from fault_cluster import wait_until
+from waiting import wait_until
 
 import cluster
 from cluster.clock import WallClock
@@ -136,7 +136,7 @@ def start_process(overrides: Sequence[str], prefix: Sequence[str] = ()) -> subpr
         overrides: Of the configuration.
         prefix: Of the command.
     """
-    paths = [str(Path(cluster.__file__).parents[1]), str(Path(__file__).parent)]
+    paths = [str(Path(cluster.__file__).parents[1]), str(Path(__file__).parents[1])]
     return subprocess.Popen(
         [*prefix, sys.executable, __file__, *overrides],
         stdin=subprocess.PIPE,

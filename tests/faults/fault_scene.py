@@ -17,10 +17,10 @@ from fault_cluster import (
     cluster_config,
     expected_answers,
     prompt_mix,
-    wait_until,
 )
 from fault_proxy import FaultProxy
 from redis_server import RedisServer
+from waiting import wait_until
 
 from cluster.client import CacheLoad, Client
 from cluster.gateway.app import ServingCluster, check, start

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import grpc
 import psutil
 import pytest
-from fault_cluster import wait_until
 from fault_gang import BUSY_S, Gang, cmdline, is_alive, running_gang, start_process
 from ray.util.placement_group import placement_group_table
 from redis_server import RedisServer
+from waiting import wait_until
 
 from cluster.client import Client
 from cluster.config import load_config

@@ -7,8 +7,9 @@ import signal
 
 import psutil
 import pytest
-from fault_cluster import REQUEST_TIMEOUT_S, answers, check_answers, prompt_mix, wait_until
+from fault_cluster import REQUEST_TIMEOUT_S, answers, check_answers, prompt_mix
 from fault_scene import KEYS, Scene, mover_of, movers_of
+from waiting import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from fault_cluster import answers, check_answers, prompt_mix, wait_until
+from fault_cluster import answers, check_answers, prompt_mix
 from fault_proxy import Fault
 from fault_scene import KEYS, Scene
 from redis_server import free_port
+from waiting import wait_until
 
 from cluster.kvstore.codec import HEADER_BYTES, encode_block
 

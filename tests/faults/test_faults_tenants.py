@@ -10,9 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fault_cluster import BLOCK_SIZE, REQUEST_TIMEOUT_S, Ask, answers, random_tokens, wait_until
+from fault_cluster import BLOCK_SIZE, REQUEST_TIMEOUT_S, Ask, answers, random_tokens
 from fault_scene import KEYS, Scene
 from typer.testing import CliRunner
+from waiting import wait_until
 
 from cluster.cli.app import app
 from cluster.client import AsyncClient, Completion, Finished, Running

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from cluster.config import StoreConfig
 from cluster.errors import UnavailableError
 from cluster.gateway.journal_entry import EntryKind, seal
 from cluster.kvstore.embedded import EmbeddedStore
-from cluster.kvstore.store import Journal, JournalWrite
+from cluster.kvstore.store import Journal, JournalWrite, JournalWrites
 from cluster.rpc.sluice.v1 import inference_pb2 as pb
 from cluster.types import SampledToken, TokenLogprob
 
@@ -252,6 +253,39 @@ async def test_position_that_cannot_be_is_refused_and_changes_nothing(
         assert (await refusal(wrong))[0] == code
         _assert_unbroken(await read(call, received))
         assert running.value("sluice_superseded_requests_total") == 0
+
+
+class LateStore(EmbeddedStore):
+    """Out of reach; then it answers, and takes no journals yet."""
+
+    is_away = False
+    takes_journals = True
+
+    async def list_leases(self, kind: str) -> dict[str, bytes]:
+        if self.is_away:
+            raise UnavailableError("out of reach")
+        return await super().list_leases(kind)
+
+    async def write_journals(self, writes: Sequence[JournalWrite]) -> JournalWrites:
+        if not self.takes_journals:
+            raise UnavailableError("out of reach")
+        return await super().write_journals(writes)
+
+
+async def test_journal_that_the_store_could_not_take_yet_is_waited_for() -> None:
+    store = LateStore(StoreConfig(), clock=WallClock())
+    async with two_gateways(_leader(), store=store) as (first, second), connected(first) as stub:
+        store.is_away, store.takes_journals = True, False
+        received = await read(begin(stub, detach_s=30.0), nothing(), 12)
+        await eventually(lambda: second.server._fleet.store_up_s < 1.0)
+        store.is_away = False
+        async with connected(second) as other:
+            code, _, message = await refusal(resume(other, received))
+            assert code == "UNAVAILABLE" and "did not answer a moment ago" in message
+            store.takes_journals = True
+            await first.server._journals.flush()
+            await read(resume(other, received), received)
+        _assert_unbroken(received)
 
 
 async def test_damaged_journal_is_not_found_and_its_content_not_logged(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -13,7 +14,12 @@ import torch
 from model_fakes import drive, greedy_spec, make_runner, prompts, run_pipeline, save_model, spec
 
 from cluster.errors import ConfigError, UnavailableError
-from cluster.model.collective import NoCollective, check_buffers, init_tensor_parallel
+from cluster.model.collective import (
+    BUFFER_BYTES,
+    NoCollective,
+    init_tensor_parallel,
+    reserve_buffer,
+)
 from cluster.model.runner import ShardSpec
 from cluster.model.shm_operator import check_compiler, load_operator, operator_folder
 from cluster.step import StepPlan
@@ -22,6 +28,9 @@ from cluster.types import SampledToken
 FAMILIES = ("llama", "phi", "gemma2")  # the last one is tied
 NUM_TOKENS = 16
 TIMEOUT_S = 240
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="g++ is missing: no tensor parallelism"
+)
 
 
 def sampled_spec(position: int) -> Any:
@@ -32,6 +41,7 @@ def run_rank(tp_rank: int, port: int, folders: list[str], tokens: Any, results: 
     """Drive one rank: rank 0 samples, the other one learns the tokens from it."""
     torch.set_num_threads(1)
     collective = init_tensor_parallel(tp_rank, 2, port)
+    results.put(mapped_buffers(port))
     for folder in folders:
         shard = ShardSpec(tp_rank, 2, 0, 1)
         runner = make_runner(Path(folder), shard=shard, collective=collective)
@@ -48,6 +58,16 @@ def run_rank(tp_rank: int, port: int, folders: list[str], tokens: Any, results: 
             output = drive(step, prompts(), NUM_TOKENS, make_spec=make_spec)
             if tp_rank == 0:
                 results.put(output)
+
+
+def mapped_buffers(port: int) -> list[int]:
+    """Return the sizes of the ranks' shared memory as this process maps it, pages."""
+    sizes = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if f"_{port}_" in line:
+            begin, _, end = line.split()[0].partition("-")
+            sizes.append((int(end, 16) - int(begin, 16)) // mmap.PAGESIZE)
+    return sizes
 
 
 @pytest.mark.integration
@@ -72,6 +92,9 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     for rank in ranks:
         rank.start()
     try:
+        num_pages = -(-BUFFER_BYTES // mmap.PAGESIZE)  # what is reserved is what DeepSpeed maps
+        for _ in ranks:
+            assert results.get(timeout=TIMEOUT_S) == [num_pages, num_pages]
         assert [results.get(timeout=TIMEOUT_S) for _ in expected] == expected
         for rank in ranks:
             rank.join(TIMEOUT_S)
@@ -87,15 +110,13 @@ def test_one_rank_needs_no_process_group() -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_shared_memory_that_is_too_small_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "buffer_0"
-    path.write_bytes(bytes(16 * mmap.PAGESIZE))
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0):
-        check_buffers(str(tmp_path / "buffer_"))
-        os.truncate(path, mmap.PAGESIZE)
-        with pytest.raises(UnavailableError, match=f"wants {16 * mmap.PAGESIZE} bytes.*--shm-size"):
-            check_buffers(str(tmp_path / "buffer_"))
-        check_buffers(str(tmp_path / "another_"))
+def test_shared_memory_that_is_too_small_is_told() -> None:
+    path = Path("/dev/shm") / f"sluice-test-buffer-{os.getpid()}"
+    room = os.statvfs("/dev/shm")
+    too_much = room.f_frsize * room.f_blocks + mmap.PAGESIZE
+    with pytest.raises(UnavailableError, match=f"no room for {too_much} bytes.*--shm-size"):
+        reserve_buffer(path, too_much)
+    assert not path.exists()
 
 
 def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -104,7 +125,9 @@ def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         check_compiler()
 
 
+@needs_compiler
 @pytest.mark.integration
+@pytest.mark.timeout(600)
 def test_a_compilation_that_is_killed_keeps_nobody_waiting(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
