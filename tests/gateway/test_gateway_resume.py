@@ -23,6 +23,7 @@ from resume_fakes import (
 )
 from tenant_files import KEYS, auth_config, bearer, sha256, write_tenants
 
+from cluster.client import AsyncClient, TextDelta
 from cluster.clock import WallClock
 from cluster.config import StoreConfig
 from cluster.errors import UnavailableError
@@ -282,10 +283,18 @@ async def test_journal_that_the_store_could_not_take_yet_is_waited_for() -> None
         async with connected(second) as other:
             code, _, message = await refusal(resume(other, received))
             assert code == "UNAVAILABLE" and "did not answer a moment ago" in message
-            store.takes_journals = True
-            await first.server._journals.flush()
-            await read(resume(other, received), received)
-        _assert_unbroken(received)
+        async with AsyncClient(second.address) as client:
+            later = asyncio.get_running_loop().call_later(
+                0.3, setattr, store, "takes_journals", True
+            )
+            tokens = [
+                token
+                async for event in client.resume("r", resume_timeout_s=10.0)
+                if isinstance(event, TextDelta)
+                for token in event.token_ids
+            ]
+            assert later.when() < asyncio.get_running_loop().time(), "it had to ask again"
+        assert tokens == SCRIPT[:40]
 
 
 async def test_damaged_journal_is_not_found_and_its_content_not_logged(
