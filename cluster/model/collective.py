@@ -145,7 +145,7 @@ def init_world(
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs, ours is the standard output
         import deepspeed.comm as comm
 
-        buffer = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{host}_{port}_{rank}")
+        buffer = Path("/dev/shm") / buffer_name(rank, port, host=host)
         if device == "cpu":
             load_operator(timeout_s=timeout_s)
             reserve_buffer(buffer)
@@ -161,6 +161,11 @@ def init_world(
         comm.barrier()  # every rank has mapped every buffer: their names are needed no more
         buffer.unlink(missing_ok=True)  # so that no way to end leaves it behind
     return comm
+
+
+def buffer_name(rank: int, port: int, *, host: str = "127.0.0.1") -> str:
+    """Return what DeepSpeed calls a rank's shared memory until all ranks have mapped it."""
+    return f"deepspeed_allreduce_buffer_{os.getuid()}_{host}_{port}_{rank}"
 
 
 def reserve_buffer(path: Path, num_bytes: int = BUFFER_BYTES) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cluster.config import ClusterConfig, ParallelConfig, parse_config
 from cluster.errors import UnavailableError
-from cluster.model.collective import Collective, NoCollective, init_tensor_parallel
+from cluster.model.collective import Collective, NoCollective, buffer_name, init_tensor_parallel
 from cluster.model.cuda_device import open_device
 from cluster.model.device_world import DeviceWorld
 from cluster.model.footprint import check_gpu_fits
@@ -94,18 +94,13 @@ def _watched(
     guardian, heartbeat = GuardianHandle(), Heartbeat(channel)
     _, tp_rank = ranks_of(spec.index, config.parallel.tp)
     if config.parallel.tp > 1 and config.model.device == "cpu":
-        guardian.add_name(_buffer_name(tp_rank, spec.stage_port))
+        guardian.add_name(buffer_name(tp_rank, spec.stage_port))
     try:
         yield guardian, heartbeat
     finally:
         heartbeat.close()
         channel.close()
         guardian.close()
-
-
-def _buffer_name(tp_rank: int, port: int) -> str:
-    """Return what DeepSpeed calls a rank's shared memory until all ranks have mapped it."""
-    return f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{port}_{tp_rank}"
 
 
 def _start(

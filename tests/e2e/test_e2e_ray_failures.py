@@ -80,6 +80,7 @@ def test_lost_node_takes_its_processes_with_it_and_no_stream(scene: Scene) -> No
     lost = raylet.children(recursive=True)
     lost_pids = {process.pid for process in lost}
     lost_leaders = {replica.leader_pid for replica in ready_replicas(scene.client)} & lost_pids
+    assert lost_leaders, "it has a group"
     with Streams(scene.address, ask_mix(NUM_STREAMS, NUM_TOKENS)) as streams:
         scene.nodes.remove_node(node, allow_graceful=False)
         wait_until(
