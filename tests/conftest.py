@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 from redis_server import RedisServer
+
+# As the command line does: tests start Ray from a process that has spoken gRPC.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # How long one example takes says nothing on a machine that others use too; pytest has a timeout.
 settings.register_profile("sluice", deadline=None)

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 failed, 2 wrong arguments or configuration, 130 interrupt
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -81,4 +82,7 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Run the command line."""
+    # Commands start Ray, which forks: what gRPC does in the child may crash, and what was started
+    # then ends by SIGALRM three seconds later.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     app(prog_name="sluice")

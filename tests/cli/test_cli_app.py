@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -19,6 +20,19 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_commands_switch_the_fork_handlers_of_grpc_off() -> None:
+    code = (
+        "import os, sys; from cluster.cli.app import main; sys.argv[1:] = ['config']\n"
+        "try: main()\n"
+        "finally: print(os.environ['GRPC_ENABLE_FORK_SUPPORT'])"
+    )
+    environment = {name: os.environ[name] for name in os.environ if not name.startswith("GRPC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == "0"
 
 
 COMMANDS = ["serve", "generate", "status", "drain", "config", "prefix", "cache", "model", "bench"]
