@@ -2,7 +2,8 @@
 
     bf16, INT8, INT4 on a CPU     our kernels, with BF16 and VNNI (native_linear.py)
     FP8 on a GPU                  cuda_linear.py
-    the rest on a CPU             oneDNN on weights packed once; `F.linear` packs in each call
+    the rest on a CPU             oneDNN on weights packed once; `F.linear` packs in each call.
+                                  It compiles for each number of tokens: few numbers are asked for
     the rest on a GPU             `F.linear`
 
 Shape suffixes: I inputs of a layer, O outputs; the rest as in kernels/reference.py.
@@ -26,6 +27,21 @@ Weight = Tensor | QuantizedWeight
 
 PACK_HINT = 16
 """Tokens per step that oneDNN packs for; measured from 1 to 256, the choice hardly matters."""
+
+_RUNGS_PER_OCTAVE = 8  # at most an eighth of the rows is padding
+
+
+def padded_rows(num_rows: int) -> int:
+    """Return the least number of rows, from `num_rows` on, that a packed product is run with.
+
+    oneDNN compiles a product for each number of rows, for about its own time, and keeps the last
+    1,024, each of about 0.5 MiB. Of the first 512 numbers 56 are left: 1 to 16, 18, 20, ... 32,
+    36, ... 64, 72 and so on.
+    """
+    if num_rows <= 2 * _RUNGS_PER_OCTAVE:
+        return num_rows
+    step: int = 2 ** ((num_rows - 1).bit_length() - 1) // _RUNGS_PER_OCTAVE
+    return -(-num_rows // step) * step
 
 
 def why_not_packed(dtype: torch.dtype, device: torch.device) -> str:
@@ -162,9 +178,12 @@ class PackedLinear(nn.Module):
         """Return the product over the last dim of `x` [..., I]: [..., O]; `residual` is added."""
         if self.is_packed:
             flat_TI = x.reshape(-1, self.in_features)
+            num_rows = len(flat_TI)
+            if num_missing := padded_rows(num_rows) - num_rows:
+                flat_TI = F.pad(flat_TI, (0, 0, 0, num_missing))
             out: Tensor = torch.ops.mkldnn._linear_pointwise(
                 flat_TI, self._weight, self._bias_O, "none", [], ""
-            ).view(*x.shape[:-1], self._num_outputs)
+            )[:num_rows].view(*x.shape[:-1], self._num_outputs)
         else:
             out = F.linear(x, self._weight, self._bias_O)
         if self._joins_gate_up:
