@@ -277,5 +277,7 @@ def _options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),  # idle connections are pinged too
         ("grpc.keepalive_timeout_ms", min(keepalive_ms, 20_000)),
         ("grpc.http2.ping_timeout_ms", min(keepalive_ms, 20_000)),  # a minute otherwise
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        # Clients ask while they wait for a token; by default the third question without one within
+        # five minutes ends the connection, and a prefill of more than half a minute never ends.
+        ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ]

@@ -72,16 +72,38 @@ async def test_status_shows_the_tiers_of_each_replica() -> None:
     assert (replica.cache.num_host_slots, replica.cache.num_store_hit_tokens) == (7, 48)
 
 
+async def http2_connection(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    empty_settings = b"\0\0\0\4\0\0\0\0\0"
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + empty_settings)
+    return reader, writer
+
+
 async def test_idle_connection_is_pinged() -> None:
     async with stage(keepalive_s=1.0) as running, asyncio.timeout(10.0):
-        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
-        empty_settings = b"\0\0\0\4\0\0\0\0\0"
-        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + empty_settings)
+        reader, writer = await http2_connection(running.port)
         kind, flags = 0, 0
         while (kind, flags) != (6, 0):  # a PING that is no answer to one
             header = await reader.readexactly(9)
             kind, flags = header[3], header[4]
             await reader.readexactly(int.from_bytes(header[:3], "big"))
+        writer.close()
+
+
+async def test_client_that_waits_in_silence_may_ask_again_and_again() -> None:
+    """By default the fourth question is answered with GOAWAY, too_many_pings."""
+    async with stage() as running, asyncio.timeout(20.0):
+        reader, writer = await http2_connection(running.port)
+        for number in range(5):
+            writer.write(b"\0\0\x08\6\0\0\0\0\0" + bytes([number] * 8))  # a PING
+            answer: tuple[int, int, bytes] | None = None
+            while answer is None or answer[:2] != (6, 1):  # its answer
+                header = await reader.readexactly(9)
+                body = await reader.readexactly(int.from_bytes(header[:3], "big"))
+                answer = (header[3], header[4], body)
+                assert header[3] != 7, f"GOAWAY: {body!r}"
+            assert answer[2] == bytes([number] * 8)
+            await asyncio.sleep(1.1)
         writer.close()
 
 
