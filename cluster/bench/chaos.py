@@ -37,8 +37,7 @@ def run_chaos(
     listener = listener or Listener()
 
     def make_config(url: str) -> ClusterConfig:
-        numbers = (plan.num_replicas, plan.num_gateways, plan.num_blocks)
-        return chaos_config(*numbers, url, overrides or [])
+        return chaos_config(plan, url, overrides or [])
 
     with running_cluster(make_config, listener.tell) as cluster:
         run = ChaosRun(plan, cluster, listener)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from redis import Redis
 
 from cluster.bench.chaos_leaks import Inventory
+from cluster.bench.chaos_plan import ChaosPlan
 from cluster.bench.chaos_processes import Family, ProcessSample, count_kinds
 from cluster.bench.chaos_schedule import Standing
 from cluster.bench.chaos_shared import SharedFiles
@@ -50,19 +51,11 @@ _SETTINGS = (
 )
 
 
-def chaos_config(
-    num_replicas: int,
-    num_gateways: int,
-    num_blocks: int,
-    redis_url: str,
-    overrides: list[str],
-) -> ClusterConfig:
+def chaos_config(plan: ChaosPlan, redis_url: str, overrides: list[str]) -> ClusterConfig:
     """Return the configuration of the cluster.
 
     Args:
-        num_replicas: Groups of one worker.
-        num_gateways: On one port.
-        num_blocks: KV blocks of a replica.
+        plan: What is to be done to it.
         redis_url: Of its store.
         overrides: As of `--set`, above all that.
 
@@ -70,10 +63,11 @@ def chaos_config(
         ConfigError: As `load_config`.
     """
     own = {
-        "replica.num_replicas": num_replicas,
-        "gateway.num_replicas": num_gateways,
+        "replica.num_replicas": plan.num_replicas,
+        "parallel.tp": plan.num_workers,
+        "gateway.num_replicas": plan.num_gateways,
         "gateway.port": free_port(),
-        "cache.num_blocks": num_blocks,
+        "cache.num_blocks": plan.num_blocks,
         "store.namespace": f"sluice-chaos-{os.getpid()}",
     }
     settings = [f"{name}={value}" for name, value in own.items()]

@@ -48,12 +48,14 @@ class Hands:
         self._acts: dict[str, Callable[[Strike], Awaitable[None]]] = {
             "kill-leader": self._kill_leader,
             "stop-leader": self._stop_leader,
+            "kill-worker": self._kill_worker,
             "drain-replica": self._drain,
             "kill-gateway": self._kill_gateway,
             "term-gateway": self._end_gateway,
             "restart-redis": self._restart_redis,
             "stop-redis": self._stop_redis,
             "flush-redis": self._flush_redis,
+            "kill-mover": self._kill_mover,
             "cut-network": self._cut,
             "hole-network": self._hole,
         }
@@ -93,6 +95,13 @@ class Hands:
             f"leader {pid} was stopped, and still there after {self._stopped_timeout_s:g} s"
         )
 
+    async def _kill_worker(self, strike: Strike) -> None:
+        family, leader_pid = self._cluster.family, strike.look.leader_pids[strike.victim]
+        workers = await asyncio.to_thread(family.workers_of, leader_pid)
+        if not workers:
+            raise ProcessLookupError(f"leader {leader_pid} has no workers")
+        family.signal(workers[-1], signal.SIGKILL)
+
     async def _drain(self, strike: Strike) -> None:
         async with grpc.aio.insecure_channel(
             self._cluster.address, options=[("grpc.use_local_subchannel_pool", 1)]
@@ -129,6 +138,15 @@ class Hands:
             connection.flushall()
         finally:
             connection.close()
+
+    async def _kill_mover(self, strike: Strike) -> None:
+        samples = await asyncio.to_thread(self._cluster.family.sample)
+        movers = [sample.pid for sample in samples if sample.kind == "mover"]
+        if not movers:
+            raise ProcessLookupError(
+                "no mover runs: cache.host_memory_bytes or store.kv_url is off"
+            )
+        self._cluster.family.signal(movers[0], signal.SIGKILL)
 
     async def _cut(self, strike: Strike) -> None:
         self._network.cut()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cluster.bench.chaos_memory import MEASURED_RUN_S
 from cluster.bench.chaos_requests import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS
-from cluster.bench.chaos_schedule import KINDS, FaultKind, Target
+from cluster.bench.chaos_schedule import FaultKind, Target, fault_kinds
 from cluster.errors import InvalidArgumentError
 
 SPARED_S = {Target.REPLICA: 240.0, Target.GATEWAY: 150.0}
@@ -22,9 +22,10 @@ class ChaosPlan:
     interval_s: float = 10.0  # between two faults, on average
     num_replicas: int = 3
     num_gateways: int = 2
+    num_workers: int = 1  # of a group: tensor-parallel ranks
     num_streams: int = 16  # at once
     num_asks: int = 70  # different requests
-    kinds: tuple[FaultKind, ...] = KINDS
+    kinds: tuple[FaultKind, ...] = fault_kinds("")
 
     def __post_init__(self) -> None:
         """Check what cannot go together.
@@ -39,6 +40,12 @@ class ChaosPlan:
                     f"--{kind.target}s={numbers[kind.target]} with {kind.name}, which never takes "
                     "the last one: ask for 2, or leave that fault out of --faults",
                     field=f"{kind.target}s",
+                )
+            if kind.needs_workers and self.num_workers < 2:
+                raise InvalidArgumentError(
+                    f"--workers={self.num_workers} with {kind.name}: the only worker of a group is "
+                    "in its leader's process; ask for 2, or for kill-leader",
+                    field="workers",
                 )
         if self.seconds < 2 * self.interval_s:
             raise InvalidArgumentError(

@@ -30,6 +30,7 @@ _KINDS = (
     ("ray/_private/", "ray"),
     ("ray/dashboard/", "ray"),
 )
+_Ends = tuple[tuple[object, ...], tuple[object, ...]]  # of a connection: host and port of each
 _OTHER = "other"  # of this process's own, as multiprocessing's tracker
 
 
@@ -76,6 +77,16 @@ class Family:
             raise ProcessLookupError(f"no process {pid} of this cluster")
         living[pid].send_signal(number)
 
+    def workers_of(self, leader_pid: int) -> list[int]:
+        """Return the workers that are connected to a leader, by process id; oldest first."""
+        ends = self._connections(leader_pid)
+        return [
+            sample.pid
+            for sample in self.sample()
+            if sample.kind == "worker"
+            and any((there, here) in ends for here, there in self._connections(sample.pid))
+        ]
+
     def has(self, pid: int) -> bool:
         """Return whether one of them with this id lives and can be scheduled."""
         return any(
@@ -91,6 +102,16 @@ class Family:
                 connections = process.net_connections("tcp")
                 num_ports += sum(c.status == psutil.CONN_LISTEN for c in connections)
         return num_ports
+
+    def _connections(self, pid: int) -> set[_Ends]:
+        """Return both ends, its own first, of the TCP connections of one of them."""
+        ends: set[_Ends] = set()
+        for process in list(self._known.values()):
+            if process.pid == pid:
+                with contextlib.suppress(psutil.Error):
+                    found = process.net_connections("tcp")
+                    ends |= {(tuple(c.laddr), tuple(c.raddr)) for c in found if c.raddr}
+        return ends
 
     def shared_names(self) -> set[str]:
         """Return the named files in shared memory that they map."""

@@ -39,11 +39,18 @@ class FaultKind:
     meaning: str  # for the reader of a report
     lasts_s: float = 0.0  # then it is made good; 0: the cluster has to
     loses_journals: bool = False  # what the store knows of requests is gone
+    needs_workers: bool = False  # processes of their own: groups of several have them
 
 
 KINDS = (
     FaultKind("kill-leader", Target.REPLICA, "kill -9 of a replica's leader"),
     FaultKind("stop-leader", Target.REPLICA, "SIGSTOP of a leader, never continued"),
+    FaultKind(
+        "kill-worker",
+        Target.REPLICA,
+        "kill -9 of a worker of a replica",
+        needs_workers=True,
+    ),
     FaultKind("drain-replica", Target.REPLICA, "a replica is told to leave"),
     FaultKind("kill-gateway", Target.GATEWAY, "kill -9 of a gateway"),
     FaultKind(
@@ -60,6 +67,7 @@ KINDS = (
     ),
     FaultKind("stop-redis", Target.STORE, "Redis stands still for 2 s", lasts_s=2.0),
     FaultKind("flush-redis", Target.STORE, "FLUSHALL", loses_journals=True),
+    FaultKind("kill-mover", Target.STORE, "kill -9 of what carries a replica's KV blocks"),
     FaultKind("cut-network", Target.NETWORK, "all connections of clients are reset"),
     FaultKind("hole-network", Target.NETWORK, "nothing passes for 2 s, either way", lasts_s=2.0),
 )
@@ -96,14 +104,19 @@ class Standing:
         return known.get(target, ())
 
 
-def fault_kinds(names: str) -> tuple[FaultKind, ...]:
-    """Return the kinds of a list with commas; all for an empty one.
+def fault_kinds(names: str, num_workers: int = 1) -> tuple[FaultKind, ...]:
+    """Return the kinds of a list with commas.
+
+    Args:
+        names: Empty: all that there can be.
+        num_workers: Of a group.
 
     Raises:
         InvalidArgumentError: There is no such kind.
     """
     known = {kind.name: kind for kind in KINDS}
-    wanted = [name for name in names.split(",") if name] or list(known)
+    possible = [kind.name for kind in KINDS if num_workers > 1 or not kind.needs_workers]
+    wanted = [name for name in names.split(",") if name] or possible
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise InvalidArgumentError(

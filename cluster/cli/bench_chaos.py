@@ -43,6 +43,9 @@ def bench_chaos(
     gateways: Annotated[
         int, typer.Option(min=1, max=8, help="On one port.", rich_help_panel=_CLUSTER)
     ] = 2,
+    workers: Annotated[
+        int, typer.Option(min=1, max=8, help="Of a group: its ranks.", rich_help_panel=_CLUSTER)
+    ] = 1,
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
@@ -69,7 +72,8 @@ def bench_chaos(
         num_gateways=gateways,
         num_streams=streams,
         num_asks=requests,
-        kinds=fault_kinds(faults),
+        num_workers=workers,
+        kinds=fault_kinds(faults, workers),
     )
     if out is not None:
         _make(out)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from cluster.bench.chaos_faults import Hands, Strike
+from cluster.bench.chaos_processes import ProcessSample
 from cluster.bench.chaos_schedule import fault_kinds
 from cluster.config import ClusterConfig, ReplicaConfig
 
@@ -20,6 +21,13 @@ class FakeFamily:
     def __init__(self) -> None:
         self.signals: list[tuple[int, signal.Signals]] = []
         self.is_gone = False
+
+    def workers_of(self, leader_pid: int) -> list[int]:
+        return {77: [80, 81]}.get(leader_pid, [])
+
+    def sample(self) -> list[ProcessSample]:
+        kinds = {70: "leader", 71: "mover", 72: "mover"}
+        return [ProcessSample(pid, 0.0, 9.0, kind, 1) for pid, kind in kinds.items()]
 
     def signal(self, pid: int, number: signal.Signals) -> None:
         if self.is_gone:
@@ -68,3 +76,33 @@ def test_stopped_leader_that_is_still_there_is_ended_and_told_of(
     hands, _ = stop_leader(monkeypatch, family, is_ended=False)
     assert family.signals == [(77, signal.SIGSTOP), (77, signal.SIGKILL)]
     assert hands.not_ended == ["leader 77 was stopped, and still there after 3.75 s"]
+
+
+def bring_about(name: str, family: FakeFamily, leader_pid: int = 77) -> None:
+    hands = Hands(
+        cast(Any, SimpleNamespace(config=ClusterConfig(), family=family)), cast(Any, None)
+    )
+    (kind,) = fault_kinds(name)
+    look = cast(Any, SimpleNamespace(leader_pids={"r1": leader_pid}))
+    asyncio.run(hands.bring_about(Strike(kind, "r1", look)))
+
+
+@pytest.mark.parametrize(("name", "pid"), [("kill-leader", 77), ("kill-worker", 81)])
+def test_of_the_victim_the_leader_or_its_youngest_worker_is_killed(name: str, pid: int) -> None:
+    family = FakeFamily()
+    bring_about(name, family)
+    assert family.signals == [(pid, signal.SIGKILL)]
+
+
+def test_oldest_mover_is_killed() -> None:
+    family = FakeFamily()
+    bring_about("kill-mover", family)
+    assert family.signals == [(71, signal.SIGKILL)]
+
+
+def test_fault_without_a_victim_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ProcessLookupError, match="leader 5 has no workers"):
+        bring_about("kill-worker", FakeFamily(), leader_pid=5)
+    monkeypatch.setattr(FakeFamily, "sample", lambda self: [])
+    with pytest.raises(ProcessLookupError, match=r"no mover runs: cache\.host_memory_bytes"):
+        bring_about("kill-mover", FakeFamily())

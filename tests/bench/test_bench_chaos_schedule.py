@@ -49,13 +49,17 @@ def test_plan_is_that_of_its_seed_with_a_fault_per_interval() -> None:
 
 
 def test_plan_has_every_kind_before_any_comes_again() -> None:
-    faults = plan_faults(KINDS, seed=0, seconds=310.0, interval_s=10.0)
-    for round_of in (faults[:10], faults[10:20], faults[20:30]):
+    faults = plan_faults(KINDS, seed=0, seconds=370.0, interval_s=10.0)
+    assert len(KINDS) == 12 and len(faults) == 36
+    for round_of in (faults[:12], faults[12:24], faults[24:]):
         assert {fault.kind.name for fault in round_of} == {kind.name for kind in KINDS}
 
 
 def test_fault_kinds_are_chosen_by_name_and_unknown_ones_refused() -> None:
-    assert fault_kinds("") == KINDS
+    assert fault_kinds("", num_workers=2) == KINDS
+    assert {kind.name for kind in KINDS} - {kind.name for kind in fault_kinds("")} == {
+        "kill-worker"
+    }, "a group of one has no process for its worker"
     names = [kind.name for kind in fault_kinds("stop-redis,kill-leader")]
     assert names == ["kill-leader", "stop-redis"]
     with pytest.raises(InvalidArgumentError, match="'kill-all': choose from kill-leader,") as found:
@@ -141,6 +145,7 @@ def test_plan_refuses_what_could_never_happen() -> None:
         ({"num_replicas": 1}, "replicas"),
         ({"num_gateways": 1}, "gateways"),
         ({"minutes": 0.3}, "minutes"),
+        ({"kinds": fault_kinds("kill-worker")}, "workers"),
     ):
         with pytest.raises(InvalidArgumentError) as found:
             ChaosPlan(**fields)

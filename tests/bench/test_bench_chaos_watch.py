@@ -84,6 +84,54 @@ def test_family_is_what_was_started_since_and_nobody_else() -> None:
             process.wait()
 
 
+ACCEPTS = """
+import socket, time
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+held = []
+while True:
+    held.append(server.accept())
+    print("accepted", flush=True)
+"""
+CONNECTS = """
+import socket, sys, time
+held = socket.create_connection(("127.0.0.1", int(sys.argv[2])))
+time.sleep(60)
+"""
+
+
+def test_workers_of_a_leader_are_those_connected_to_it() -> None:
+    family = Family()
+    started: list[subprocess.Popen[str]] = []
+
+    def run(code: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, *arguments]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    def line_of(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        return process.stdout.readline().strip()
+
+    try:
+        first, other = run(ACCEPTS), run(ACCEPTS)
+        ports = {leader: line_of(leader) for leader in (first, other)}
+        workers = []
+        for leader in (first, other, first):
+            workers.append(run(CONNECTS, "ray::WorkerActor.run", ports[leader]))
+            assert line_of(leader) == "accepted"
+        run(CONNECTS, "ray::IDLE", ports[first])
+        assert line_of(first) == "accepted"
+        family.sample()
+        assert family.workers_of(first.pid) == [workers[0].pid, workers[2].pid]
+        assert family.workers_of(other.pid) == [workers[1].pid]
+        assert family.workers_of(workers[0].pid) == []
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
 def test_life_begins_with_a_process_or_when_it_becomes_somebody() -> None:
     clock = VirtualClock(100.0)
     watch = Watch(cast(ChaosCluster, None), clock.now)
