@@ -143,9 +143,7 @@ class Hands:
         samples = await asyncio.to_thread(self._cluster.family.sample)
         movers = [sample.pid for sample in samples if sample.kind == "mover"]
         if not movers:
-            raise ProcessLookupError(
-                "no mover runs: cache.host_memory_bytes or store.kv_url is off"
-            )
+            raise ProcessLookupError("no mover runs: has the store been switched off?")
         self._cluster.family.signal(movers[0], signal.SIGKILL)
 
     async def _cut(self, strike: Strike) -> None:

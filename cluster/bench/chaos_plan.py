@@ -41,10 +41,11 @@ class ChaosPlan:
                     "the last one: ask for 2, or leave that fault out of --faults",
                     field=f"{kind.target}s",
                 )
-            if kind.needs_workers and self.num_workers < 2:
+            if self.num_workers not in kind.num_workers:
                 raise InvalidArgumentError(
-                    f"--workers={self.num_workers} with {kind.name}: the only worker of a group is "
-                    "in its leader's process; ask for 2, or for kill-leader",
+                    f"--workers={self.num_workers} with {kind.name}, which is for groups of "
+                    f"{kind.num_workers.start} to {kind.num_workers.stop - 1}: leave it out of "
+                    "--faults",
                     field="workers",
                 )
         if self.seconds < 2 * self.interval_s:

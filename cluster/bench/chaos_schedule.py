@@ -39,7 +39,7 @@ class FaultKind:
     meaning: str  # for the reader of a report
     lasts_s: float = 0.0  # then it is made good; 0: the cluster has to
     loses_journals: bool = False  # what the store knows of requests is gone
-    needs_workers: bool = False  # processes of their own: groups of several have them
+    num_workers: range = range(1, 65)  # of the groups that it can befall
 
 
 KINDS = (
@@ -49,7 +49,7 @@ KINDS = (
         "kill-worker",
         Target.REPLICA,
         "kill -9 of a worker of a replica",
-        needs_workers=True,
+        num_workers=range(2, 65),  # the only one of a group is in its leader's process
     ),
     FaultKind("drain-replica", Target.REPLICA, "a replica is told to leave"),
     FaultKind("kill-gateway", Target.GATEWAY, "kill -9 of a gateway"),
@@ -67,7 +67,12 @@ KINDS = (
     ),
     FaultKind("stop-redis", Target.STORE, "Redis stands still for 2 s", lasts_s=2.0),
     FaultKind("flush-redis", Target.STORE, "FLUSHALL", loses_journals=True),
-    FaultKind("kill-mover", Target.STORE, "kill -9 of what carries a replica's KV blocks"),
+    FaultKind(
+        "kill-mover",
+        Target.STORE,
+        "kill -9 of what carries a replica's KV blocks",
+        num_workers=range(1, 2),  # larger groups have none then, until they are built anew
+    ),
     FaultKind("cut-network", Target.NETWORK, "all connections of clients are reset"),
     FaultKind("hole-network", Target.NETWORK, "nothing passes for 2 s, either way", lasts_s=2.0),
 )
@@ -115,7 +120,7 @@ def fault_kinds(names: str, num_workers: int = 1) -> tuple[FaultKind, ...]:
         InvalidArgumentError: There is no such kind.
     """
     known = {kind.name: kind for kind in KINDS}
-    possible = [kind.name for kind in KINDS if num_workers > 1 or not kind.needs_workers]
+    possible = [kind.name for kind in KINDS if num_workers in kind.num_workers]
     wanted = [name for name in names.split(",") if name] or possible
     unknown = [name for name in wanted if name not in known]
     if unknown:

@@ -56,10 +56,9 @@ def test_plan_has_every_kind_before_any_comes_again() -> None:
 
 
 def test_fault_kinds_are_chosen_by_name_and_unknown_ones_refused() -> None:
-    assert fault_kinds("", num_workers=2) == KINDS
-    assert {kind.name for kind in KINDS} - {kind.name for kind in fault_kinds("")} == {
-        "kill-worker"
-    }, "a group of one has no process for its worker"
+    for num_workers, left_out in ((1, "kill-worker"), (2, "kill-mover")):
+        possible = fault_kinds("", num_workers)
+        assert {kind.name for kind in KINDS} - {kind.name for kind in possible} == {left_out}
     names = [kind.name for kind in fault_kinds("stop-redis,kill-leader")]
     assert names == ["kill-leader", "stop-redis"]
     with pytest.raises(InvalidArgumentError, match="'kill-all': choose from kill-leader,") as found:
@@ -146,6 +145,7 @@ def test_plan_refuses_what_could_never_happen() -> None:
         ({"num_gateways": 1}, "gateways"),
         ({"minutes": 0.3}, "minutes"),
         ({"kinds": fault_kinds("kill-worker")}, "workers"),
+        ({"kinds": fault_kinds("kill-mover"), "num_workers": 2}, "workers"),
     ):
         with pytest.raises(InvalidArgumentError) as found:
             ChaosPlan(**fields)
