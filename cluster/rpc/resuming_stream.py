@@ -135,6 +135,7 @@ class ResumingStream:
             self._broken_s = self._first_error = None
         if isinstance(event, TextDelta | Finished):
             self._num_failures = 0
+            self._verdict = ""
 
     def check_end(self) -> None:
         """Raise unless a call that ended well has brought the last event.
@@ -221,7 +222,8 @@ class ResumingStream:
     def _is_final(self, failure: CallFailure) -> bool:
         """Return whether a gateway repeats out of the journal why the request has failed."""
         message = str(failure)
-        if self._is_resume and failure.is_ours and message == self._verdict:
+        is_repeated = self._is_resume and failure.is_ours and message == self._verdict
+        if is_repeated and not self._has_begun:  # else it had gone on, and the same came again
             return True
         if self._has_begun and failure.is_ours and not failure.error.reason:
             self._verdict = message

@@ -231,6 +231,20 @@ def test_failure_that_the_journal_repeats_is_the_end() -> None:
     assert tokens_of(Drive(begin(), ends).run().events) == TOKENS
 
 
+@pytest.mark.parametrize("num_events", [1, 2, 6])
+def test_failure_behind_an_event_is_none_of_the_journals(num_events: int) -> None:
+    """A request that queues in vain at one gateway after the other gets the same words of each."""
+    no_replica = ours(UnavailableError("no replica was ready: try again later"))
+    drive = Drive(begin(), [(num_events, no_replica)] * 4).run()
+    assert tokens_of(drive.events) == TOKENS and len(drive.calls) > 2
+
+
+def test_failure_before_tokens_came_is_not_what_a_journal_repeats_behind_them() -> None:
+    full = ours(UnavailableError("full"))
+    drive = Drive(begin(), [(5, full), (5, CUT), (0, full)]).run()
+    assert tokens_of(drive.events) == TOKENS
+
+
 def test_resumption_can_be_turned_off() -> None:
     drive = Drive(begin(resume_timeout_s=0.0), [(5, CUT)])
     with pytest.raises(UnavailableError, match=r"^Socket closed$"):
