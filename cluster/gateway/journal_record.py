@@ -107,10 +107,11 @@ def encode_header(header: JournalHeader) -> bytes:
 def read_state(entries: Sequence[bytes]) -> JournalState:
     """Return what the entries of a journal tell.
 
-    One that was written twice counts once.
+    One that was written twice counts once. What stands behind a missing one is passed over: a store
+    that failed over may have lost what it had confirmed, and the request goes on from what it has.
 
     Raises:
-        JournalError: An entry is damaged, of another version, or missing.
+        JournalError: An entry is damaged or of another version, or the first is missing.
     """
     reading: _Reading | None = None
     for entry in entries:
@@ -119,8 +120,6 @@ def read_state(entries: Sequence[bytes]) -> JournalState:
             if kind is not EntryKind.HEADER or number:
                 raise JournalError("a journal does not begin with its header")
             reading = _Reading(_header(values))
-        elif number > reading.num_entries:
-            raise JournalError(f"entry {reading.num_entries} is missing")
         elif number == reading.num_entries:
             reading.take(kind, values)
     if reading is None:

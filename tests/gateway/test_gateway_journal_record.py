@@ -345,13 +345,24 @@ def test_missing_or_misplaced_entry_is_refused() -> None:
         [progress, head],
         [end],
         [second_head],
-        [head, end],
         [head, progress, end, more],
         [head, second_head],
         [head, unknown],
     ):
         with pytest.raises(JournalError):
             read_state(entries)
+
+
+def test_what_stands_behind_a_missing_entry_is_passed_over() -> None:
+    """A store that failed over has lost what it had confirmed, and took what came afterwards."""
+    head, progress, end = _entries()
+    assert read_state([head, end]) == read_state([head])
+    first = read_state([head, progress])
+    behind = seal(EntryKind.END, 3, *unseal(end)[2])
+    assert read_state([head, progress, behind]) == first and not first.is_ended
+    # who goes on from there counts from the gap, and the lost number comes again
+    assert read_state([head, progress, behind, end]) == read_state([head, progress, end])
+    assert read_state([head, progress, behind, end]).is_ended
 
 
 def test_other_version_is_refused() -> None:
