@@ -21,11 +21,9 @@ from cluster.errors import FailedPreconditionError
 from cluster.gateway.answer import Answer
 from cluster.gateway.journal import RequestJournal
 from cluster.gateway.parts import Resumption
+from cluster.gateway.stream import PIECE_TOKENS
 from cluster.rpc.sluice.v1 import inference_pb2
 from cluster.types import EngineOutput, SampledToken
-
-PIECE_TOKENS = 1024
-"""Sent in one event: more, with many log probabilities, hold up others and exceed a message."""
 
 
 class ContradictionError(Exception):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import accumulate
 
 from cluster.errors import SluiceError
 from cluster.types import EngineOutput
+
+PIECE_TOKENS = 1024
+"""Sent in one event: more, with many log probabilities, hold up others and exceed a message."""
 
 
 class OutputStream:
     """Outputs of one request that its client has not been sent yet.
 
-    A slow reader makes it grow, up to the request's `max_tokens`; what is there is taken at once,
-    so that a reader who has fallen behind gets fewer and larger messages.
+    A slow reader makes it grow, up to the request's `max_tokens`; `PIECE_TOKENS` of it are taken at
+    once, so that a reader who has fallen behind gets fewer and larger messages.
     """
 
     def __init__(self) -> None:
@@ -31,7 +35,7 @@ class OutputStream:
         self._wakeup.set()
 
     async def take(self) -> list[EngineOutput]:
-        """Return all outputs that are there, as soon as there is one.
+        """Return the outputs that are there, as soon as there is one, up to `PIECE_TOKENS`.
 
         It ends at the latest when the leader's connection is given up.
 
@@ -43,5 +47,7 @@ class OutputStream:
                 raise self._error
             await self._wakeup.wait()
             self._wakeup.clear()
-        outputs, self._outputs = self._outputs, []
+        num_tokens = accumulate(len(output.tokens) for output in self._outputs)
+        num_outputs = max(1, sum(num <= PIECE_TOKENS for num in num_tokens))
+        outputs, self._outputs = self._outputs[:num_outputs], self._outputs[num_outputs:]
         return outputs
