@@ -235,6 +235,18 @@ class GatewayConfig(_Section):
     tls_client_ca: str = Field("", description="PEM file; set to demand client certificates")
     max_message_bytes: int = Field(4 * 2**20, ge=1024, description="one request or event")
     keepalive_s: float = Field(30.0, gt=0, description="ping an idle connection this often")
+    heartbeat_timeout_s: float = Field(
+        3.0,
+        gt=0.2,
+        description="a gateway that stands still this long, though it has a processor, is ended: "
+        "its clients go on at another one",
+    )
+    stuck_timeout_s: float = Field(
+        10.0,
+        gt=1.0,
+        description="a gateway whose event loop stands still this long, though its threads run, "
+        "ends",
+    )
     max_inflight_requests: int = Field(1024, ge=1, description="queued and running, per gateway")
     max_queued_requests: int = Field(512, ge=0, description="waiting for a replica, per gateway")
     max_queued_tokens: int = Field(

@@ -19,8 +19,8 @@ from cluster.rpc.sluice.v1.inference_pb2_grpc import InferenceStub
 
 CALL_TIMEOUT_S = 5.0
 STOPPED_GRACE_S = 2.5
-"""A leader that stands still may be there for so long behind its heartbeat timeout: at that its
-guardian ends it, on a machine that is busy."""
+"""Who stands still may be there for so long behind the heartbeat timeout: at that a guardian ends
+it, on a machine that is busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +41,16 @@ class Hands:
     """
 
     def __init__(self, cluster: ChaosCluster, network: ClientNetwork) -> None:
-        self.not_ended: list[str] = []  # stopped leaders that were still there when time was over
+        self.not_ended: list[str] = []  # who was stopped, and was still there when time was over
         self._cluster = cluster
         self._network = network
-        self._stopped_timeout_s = cluster.config.replica.heartbeat_timeout_s + STOPPED_GRACE_S
         self._acts: dict[str, Callable[[Strike], Awaitable[None]]] = {
             "kill-leader": self._kill_leader,
             "stop-leader": self._stop_leader,
             "kill-worker": self._kill_worker,
             "drain-replica": self._drain,
             "kill-gateway": self._kill_gateway,
+            "stop-gateway": self._stop_gateway,
             "term-gateway": self._end_gateway,
             "restart-redis": self._restart_redis,
             "stop-redis": self._stop_redis,
@@ -80,20 +80,21 @@ class Hands:
 
     async def _stop_leader(self, strike: Strike) -> None:
         pid = strike.look.leader_pids[strike.victim]
+        self._stop("leader", pid, self._cluster.config.replica.heartbeat_timeout_s)
+
+    def _stop(self, name: str, pid: int, timeout_s: float) -> None:
         self._cluster.family.signal(pid, signal.SIGSTOP)
-        watch = asyncio.create_task(self._watch_stopped(pid))
+        watch = asyncio.create_task(self._watch_stopped(name, pid, timeout_s + STOPPED_GRACE_S))
         self._stopped.add(watch)
         watch.add_done_callback(self._stopped.discard)
 
-    async def _watch_stopped(self, pid: int) -> None:
-        await asyncio.sleep(self._stopped_timeout_s)
+    async def _watch_stopped(self, name: str, pid: int, timeout_s: float) -> None:
+        await asyncio.sleep(timeout_s)
         try:
             self._cluster.family.signal(pid, signal.SIGKILL)
         except ProcessLookupError:  # as it should be
             return
-        self.not_ended.append(
-            f"leader {pid} was stopped, and still there after {self._stopped_timeout_s:g} s"
-        )
+        self.not_ended.append(f"{name} {pid} was stopped, and still there after {timeout_s:g} s")
 
     async def _kill_worker(self, strike: Strike) -> None:
         family, leader_pid = self._cluster.family, strike.look.leader_pids[strike.victim]
@@ -112,6 +113,10 @@ class Hands:
 
     async def _kill_gateway(self, strike: Strike) -> None:
         self._cluster.family.signal(strike.look.gateway_pids[strike.victim], signal.SIGKILL)
+
+    async def _stop_gateway(self, strike: Strike) -> None:
+        pid = strike.look.gateway_pids[strike.victim]
+        self._stop("gateway", pid, self._cluster.config.gateway.heartbeat_timeout_s)
 
     async def _end_gateway(self, strike: Strike) -> None:
         self._cluster.family.signal(strike.look.gateway_pids[strike.victim], signal.SIGTERM)

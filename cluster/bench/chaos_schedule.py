@@ -53,6 +53,7 @@ KINDS = (
     ),
     FaultKind("drain-replica", Target.REPLICA, "a replica is told to leave"),
     FaultKind("kill-gateway", Target.GATEWAY, "kill -9 of a gateway"),
+    FaultKind("stop-gateway", Target.GATEWAY, "SIGSTOP of a gateway, never continued"),
     FaultKind(
         "term-gateway",
         Target.GATEWAY,

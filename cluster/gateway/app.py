@@ -26,6 +26,7 @@ from cluster.gateway.fleet_metrics import FleetCollector
 from cluster.gateway.grpc_server import GatewayServer
 from cluster.gateway.identity import Authenticator
 from cluster.gateway.listen import check_port_free, check_tls_files
+from cluster.gateway.loop_watch import LoopWatch
 from cluster.gateway.metrics_server import MetricsServer
 from cluster.kvstore.block_store import BlockStore
 from cluster.kvstore.embedded_actor import delete_actor
@@ -36,6 +37,7 @@ from cluster.model.checkpoint import check_layout, check_quantization, inspect_c
 from cluster.model.footprint import check_fits
 from cluster.model.quantization.check import check_kernels
 from cluster.model.shm_operator import check_compiler
+from cluster.replica.guardian_start import GuardianHandle
 from cluster.replica.placement import check_devices, group_num_cpus
 from cluster.replica.ray_actors import STOP_MARGIN_S, WILDCARD_HOSTS, group_deployment
 
@@ -73,6 +75,10 @@ class Gateway:
             host = ray.util.get_node_ip_address()
         self._address = f"{host}:{port}"
         self._lease = asyncio.create_task(self._keep_lease())
+        # One that stands still has an open port, and connections that nobody answers.
+        self._guardian = GuardianHandle()
+        self._guardian.arm(self._config.gateway.heartbeat_timeout_s)
+        self._watch = LoopWatch(self._config.gateway.stuck_timeout_s)
 
     async def _keep_lease(self) -> None:
         ttl_s = self._config.replica.lease_ttl_s
@@ -107,6 +113,8 @@ class Gateway:
         await self._store.close()
         if self._block_store is not None:
             await self._block_store.close()
+        self._watch.close()
+        await asyncio.to_thread(self._guardian.close)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

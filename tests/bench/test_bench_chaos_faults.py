@@ -12,7 +12,7 @@ import pytest
 from cluster.bench.chaos_faults import Hands, Strike
 from cluster.bench.chaos_processes import ProcessSample
 from cluster.bench.chaos_schedule import fault_kinds
-from cluster.config import ClusterConfig, ReplicaConfig
+from cluster.config import ClusterConfig, GatewayConfig, ReplicaConfig
 
 
 class FakeFamily:
@@ -35,8 +35,8 @@ class FakeFamily:
         self.signals.append((pid, number))
 
 
-def stop_leader(
-    monkeypatch: pytest.MonkeyPatch, family: FakeFamily, *, is_ended: bool
+def stop(
+    name: str, monkeypatch: pytest.MonkeyPatch, family: FakeFamily, *, is_ended: bool
 ) -> tuple[Hands, list[float]]:
     waits_s: list[float] = []
     sleep = asyncio.sleep
@@ -46,13 +46,16 @@ def stop_leader(
         family.is_gone = is_ended
         await sleep(0)
 
-    config = ClusterConfig(replica=ReplicaConfig(heartbeat_timeout_s=1.25))
+    config = ClusterConfig(
+        replica=ReplicaConfig(heartbeat_timeout_s=1.25),
+        gateway=GatewayConfig(heartbeat_timeout_s=2.5),
+    )
     hands = Hands(cast(Any, SimpleNamespace(config=config, family=family)), cast(Any, None))
-    (kind,) = fault_kinds("stop-leader")
-    strike = Strike(kind, "r1", cast(Any, SimpleNamespace(leader_pids={"r1": 77})))
+    (kind,) = fault_kinds(f"stop-{name}")
+    look = cast(Any, SimpleNamespace(leader_pids={"x1": 77}, gateway_pids={"x1": 78}))
 
     async def strike_and_rest() -> None:
-        await hands.bring_about(strike)
+        await hands.bring_about(Strike(kind, "x1", look))
         await hands.rest()
 
     monkeypatch.setattr(asyncio, "sleep", pass_over)
@@ -60,22 +63,28 @@ def stop_leader(
     return hands, waits_s
 
 
-def test_stopped_leader_has_to_be_gone_soon_behind_its_heartbeat_timeout(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    family = FakeFamily()
-    hands, waits_s = stop_leader(monkeypatch, family, is_ended=True)
-    assert waits_s == [1.25 + 2.5]
-    assert family.signals == [(77, signal.SIGSTOP)] and hands.not_ended == []
+STOPPED = [("leader", 77, 3.75), ("gateway", 78, 5.0)]
 
 
-def test_stopped_leader_that_is_still_there_is_ended_and_told_of(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("name", "pid", "timeout_s"), STOPPED)
+def test_who_is_stopped_has_to_be_gone_soon_behind_the_heartbeat_timeout(
+    monkeypatch: pytest.MonkeyPatch, name: str, pid: int, timeout_s: float
 ) -> None:
     family = FakeFamily()
-    hands, _ = stop_leader(monkeypatch, family, is_ended=False)
-    assert family.signals == [(77, signal.SIGSTOP), (77, signal.SIGKILL)]
-    assert hands.not_ended == ["leader 77 was stopped, and still there after 3.75 s"]
+    hands, waits_s = stop(name, monkeypatch, family, is_ended=True)
+    assert waits_s == [timeout_s]
+    assert family.signals == [(pid, signal.SIGSTOP)] and hands.not_ended == []
+
+
+@pytest.mark.parametrize(("name", "pid", "timeout_s"), STOPPED)
+def test_who_is_stopped_and_still_there_is_ended_and_told_of(
+    monkeypatch: pytest.MonkeyPatch, name: str, pid: int, timeout_s: float
+) -> None:
+    family = FakeFamily()
+    hands, _ = stop(name, monkeypatch, family, is_ended=False)
+    assert family.signals == [(pid, signal.SIGSTOP), (pid, signal.SIGKILL)]
+    told = f"{name} {pid} was stopped, and still there after {timeout_s:g} s"
+    assert hands.not_ended == [told]
 
 
 def bring_about(name: str, family: FakeFamily, leader_pid: int = 77) -> None:

@@ -49,9 +49,9 @@ def test_plan_is_that_of_its_seed_with_a_fault_per_interval() -> None:
 
 
 def test_plan_has_every_kind_before_any_comes_again() -> None:
-    faults = plan_faults(KINDS, seed=0, seconds=370.0, interval_s=10.0)
-    assert len(KINDS) == 12 and len(faults) == 36
-    for round_of in (faults[:12], faults[12:24], faults[24:]):
+    faults = plan_faults(KINDS, seed=0, seconds=400.0, interval_s=10.0)
+    assert len(KINDS) == 13 and len(faults) == 39
+    for round_of in (faults[:13], faults[13:26], faults[26:]):
         assert {fault.kind.name for fault in round_of} == {kind.name for kind in KINDS}
 
 
