@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
-LIMIT_S = 0.6
+LIMIT_S = 1.5
 PROGRAM = f"""
 import asyncio, sys, time
 from cluster.gateway.loop_watch import LoopWatch
 
 def sleeps():
-    time.sleep(20)
+    time.sleep(60)
 
 def spins():
     while True:
@@ -22,11 +21,11 @@ def spins():
 
 async def main():
     watch = LoopWatch({LIMIT_S})
-    await asyncio.sleep(3 * {LIMIT_S})
+    await asyncio.sleep(2 * {LIMIT_S})
     print("served", flush=True)
     if sys.argv[1] == "closed":
         watch.close()
-        time.sleep(3 * {LIMIT_S})
+        time.sleep(2 * {LIMIT_S})
         return
     {{"sleeps": sleeps, "spins": spins}}[sys.argv[1]]()
 
@@ -34,22 +33,19 @@ asyncio.run(main())
 """
 
 
-def run(how: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    begin_s = time.monotonic()
+def run(how: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROGRAM, how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return done, time.monotonic() - begin_s
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
 @pytest.mark.parametrize("how", ["sleeps", "spins"])
 def test_loop_that_stands_still_ends_its_process(how: str) -> None:
-    done, seconds = run(how)
+    done = run(how)
     assert done.returncode == 1 and done.stdout == "served\n"
     assert f"stood still for {LIMIT_S:g} s: the gateway ends" in done.stderr
     assert f"in {how}\n" in done.stderr, "where it stood"
-    assert seconds < 15.0
 
 
 def test_loop_that_is_no_longer_watched_may_block() -> None:
-    done, _ = run("closed")
+    done = run("closed")
     assert (done.returncode, done.stdout, done.stderr) == (0, "served\n", "")
