@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from gateway_fakes import FakeLeader, eventually, stage
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -53,6 +54,11 @@ async def test_drain_lets_streams_finish_and_refuses_new_ones() -> None:
         assert (await refusal(begin(stub, "new")))[0] == "UNAVAILABLE"
 
 
+def _num_listening(port: int) -> int:
+    connections = psutil.Process().net_connections("tcp")
+    return sum(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
+
+
 async def test_drain_tells_health_watchers_and_moves_connections_to_the_next_gateway() -> None:
     with socket.socket() as reserved:  # a free port, kept free until it is used
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -69,8 +75,11 @@ async def test_drain_tells_health_watchers_and_moves_connections_to_the_next_gat
                 health = health_pb2_grpc.HealthStub(channel)
                 watch = health.Watch(health_pb2.HealthCheckRequest())
                 assert (await watch.read()).status == SERVING
+                num_listening = _num_listening(port)
                 stopping = asyncio.create_task(old.server.stop(10.0))
                 assert (await watch.read()).status == NOT_SERVING
+                # What the kernel had accepted for a socket that closes is reset: clients try again.
+                await eventually(lambda: _num_listening(port) <= num_listening / 2)
                 for index in range(8):  # each on a connection of its own, and on the old one
                     async with connected(first) as other:
                         await read(begin(other, f"other {index}", max_tokens=2), nothing())
